@@ -1,0 +1,59 @@
+"""Token ids in, token ids out: the batched decoding engine. Knows nothing of text, HTTP or metrics.
+
+`Engine`, `load_model_pair` and the rest of what needs torch are loaded at first use, so that a
+process which only needs the configuration types never imports it.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from decoding.config import (
+    ACCEPTANCE_REFERENCES,
+    MAX_BEAM_WIDTH,
+    MAX_SPECULATIVE_TOKENS,
+    MAX_TREE_NODES,
+    METHODS,
+    DecodingConfig,
+)
+from decoding.errors import ModelLoadError
+from decoding.sequence import FinishReason, SamplingParams, Sequence, SequenceOutput
+
+if TYPE_CHECKING:
+    from decoding.embedded import prepare_embedded_pair
+    from decoding.engine import Engine, StepStats
+    from decoding.loading import load_model_pair
+    from decoding.model import ModelPair
+
+_LAZY = {
+    "Engine": "decoding.engine",
+    "StepStats": "decoding.engine",
+    "ModelPair": "decoding.model",
+    "load_model_pair": "decoding.loading",
+    "prepare_embedded_pair": "decoding.embedded",
+}
+
+__all__ = [
+    "ACCEPTANCE_REFERENCES",
+    "MAX_BEAM_WIDTH",
+    "MAX_SPECULATIVE_TOKENS",
+    "MAX_TREE_NODES",
+    "METHODS",
+    "DecodingConfig",
+    "Engine",
+    "FinishReason",
+    "ModelLoadError",
+    "ModelPair",
+    "SamplingParams",
+    "Sequence",
+    "SequenceOutput",
+    "StepStats",
+    "load_model_pair",
+    "prepare_embedded_pair",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'decoding' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_LAZY[name]), name)

@@ -1,0 +1,108 @@
+"""The device state of the rows that share one pass, kept from step to step."""
+
+import math
+from collections.abc import Sequence as Series
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from decoding.sampler import RowSampling, step_streams
+from decoding.sequence import Sequence
+
+NO_TOKEN = -1
+
+
+@dataclass(slots=True)
+class Batch:
+    """Rows of one preset: where they stand and what each asked for.
+
+    `lengths` `[rows]` are committed columns, so also the root's column; `last_tokens` `[rows, 2]` the
+    last committed token and the root; `limits()` the depth each row may still propose. Built from the
+    sequences when the group changes, advanced on the device by each step.
+    """
+
+    rows: slice
+    depth: int
+    width: int
+    lengths: Tensor
+    last_tokens: Tensor
+    steps: Tensor
+    remaining: Tensor
+    seeds: Tensor
+    choices: Tensor
+    end_ids: Tensor
+    log_thresholds: Tensor
+    target_reference: Tensor
+    sampling: RowSampling
+
+    @classmethod
+    def of(
+        cls,
+        sequences: Series[Sequence],
+        rows: slice,
+        eos_token_ids: Series[int],
+        vocab_size: int,
+        device: torch.device,
+    ) -> "Batch":
+        _, depth, width = sequences[0].config.preset
+        configs = [sequence.config for sequence in sequences]
+        thresholds = [config.acceptance_threshold for config in configs]
+
+        def integers(values: list[int]) -> Tensor:
+            return torch.tensor(values, dtype=torch.long, device=device)
+
+        return cls(
+            rows=rows,
+            depth=depth,
+            width=width,
+            lengths=integers([sequence.num_cached for sequence in sequences]),
+            last_tokens=torch.tensor([sequence.last_tokens() for sequence in sequences], device=device),
+            steps=integers([sequence.num_steps for sequence in sequences]),
+            remaining=integers([sequence.remaining for sequence in sequences]),
+            seeds=integers([sequence.params.seed for sequence in sequences]),
+            choices=integers([sequence.choice for sequence in sequences]),
+            end_ids=_end_ids(sequences, eos_token_ids, device),
+            log_thresholds=torch.tensor([math.log(t) if t > 0 else -math.inf for t in thresholds], device=device),
+            target_reference=torch.tensor(
+                [config.acceptance_reference == "target" for config in configs], device=device
+            ),
+            sampling=RowSampling.of([sequence.params for sequence in sequences], vocab_size, device),
+        )
+
+    @property
+    def roots(self) -> Tensor:
+        return self.last_tokens[:, 1]
+
+    def limits(self) -> Tensor:
+        """Depth of this step for each row: one token is always left for the target itself."""
+        return (self.remaining - 1).clamp(min=0, max=self.depth)
+
+    def streams(self) -> Tensor:
+        return step_streams(self.seeds, self.choices, self.steps)
+
+    def ends(self, token_ids: Tensor) -> Tensor:
+        """Whether each of `token_ids` `[rows, tokens]` ends its sequence."""
+        return (token_ids[:, :, None] == self.end_ids[:, None, :]).any(-1)
+
+    def advance(self, delivered: Tensor, num_tokens: Tensor) -> None:
+        """Take over `num_tokens` `[rows]` of `delivered` `[rows, most]`; the last one is the new root."""
+        last = (num_tokens - 1).unsqueeze(1)
+        known = torch.cat([self.roots[:, None], delivered], dim=1)
+        self.last_tokens = known.gather(1, torch.cat([last, last + 1], dim=1))
+        self.lengths = self.lengths + num_tokens
+        self.remaining = self.remaining - num_tokens
+        self.steps = self.steps + 1
+
+
+def sequence_end_ids(sequence: Sequence, eos_token_ids: Series[int]) -> frozenset[int]:
+    """The ids that end a sequence: its stop ids, and EOS unless it is ignored."""
+    eos = () if sequence.params.ignore_eos else eos_token_ids
+    return frozenset(sequence.params.stop_token_ids) | frozenset(eos)
+
+
+def _end_ids(sequences: Series[Sequence], eos_token_ids: Series[int], device: torch.device) -> Tensor:
+    ends = [sorted(sequence_end_ids(sequence, eos_token_ids)) for sequence in sequences]
+    most = max(1, *(len(ids) for ids in ends))
+    padded = [ids + [NO_TOKEN] * (most - len(ids)) for ids in ends]
+    return torch.tensor(padded, dtype=torch.long, device=device)

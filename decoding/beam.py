@@ -1,0 +1,124 @@
+"""Beam proposals: beam search at temperature 0, beam sampling without replacement above."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from decoding.batch import Batch
+from decoding.model import CausalModel
+from decoding.sampler import Draw, gumbel, to_log_probs, uniforms
+from decoding.token_tree import TokenTree, gather_at
+
+CANDIDATES_PER_BEAM = 64  # a beam offers its likeliest tokens; exact for beam search up to this width
+
+
+@dataclass(slots=True)
+class Beams:
+    """The live continuations after some depth: their nodes and joint log q, both `[rows, width]`."""
+
+    nodes: Tensor
+    scores: Tensor
+
+    def best(self) -> Tensor:
+        """The node of the beam of highest joint q, `[rows]`."""
+        return gather_at(self.nodes, self.scores.argmax(1))
+
+
+@dataclass(slots=True)
+class _Candidates:
+    """Continuations in tie order (token id, then parent): all `[rows, candidates]`."""
+
+    token_ids: Tensor
+    beams: Tensor
+    parents: Tensor
+    scores: Tensor
+
+
+def propose_tree(draft: CausalModel, batch: Batch) -> tuple[TokenTree, Beams]:
+    """Search `batch.depth` levels of `batch.width` beams over the draft; keep every beam as a node.
+
+    Nodes of depth d are 1 + (d - 1) * width onwards. A beam that ended, or that reached the row's own
+    limit, stays in the beam with unchanged score; its slots at later depths are padding. Returns the
+    tree and the final beams. (Qin et al. 2025; sampling is a Plackett-Luce draw by Gumbel-top-k.)
+    """
+    width, limits, streams = batch.width, batch.limits(), batch.streams()
+    tree = TokenTree.of_roots(batch.roots, 1 + batch.depth * width)
+    beams = Beams(tree.parents[:, :1], tree.draft_log_probs[:, :1])
+    logits = draft.catch_up(batch.rows, batch.lengths, batch.last_tokens)[:, None]
+    for depth in range(1, batch.depth + 1):
+        first = 1 + (depth - 1) * width
+        if depth > 1:
+            logits = draft.forward(batch.rows, batch.lengths, tree, first=first - width, count=width)
+        frozen = tree.ended.gather(1, beams.nodes) | (depth > limits)[:, None]
+        candidates = _candidates(tree, beams, frozen, to_log_probs(logits, batch.sampling, point_mass=False))
+        ranking = _ranking(candidates, batch, streams, depth)
+        beams = _extend(tree, beams, frozen, candidates, ranking[:, :width], batch, first, depth)
+    return tree, beams
+
+
+def _candidates(tree: TokenTree, beams: Beams, frozen: Tensor, log_probs: Tensor) -> _Candidates:
+    """Every live beam offers its likeliest tokens, a frozen one only itself, with its own score."""
+    num_offered = min(CANDIDATES_PER_BEAM, log_probs.shape[-1])
+    values, token_ids = log_probs.topk(num_offered, dim=-1)
+    scores = beams.scores[:, :, None] + values.double()
+    own_token = tree.token_ids.gather(1, beams.nodes)
+    scores = torch.where(frozen[:, :, None], -math.inf, scores)
+    scores[:, :, 0] = torch.where(frozen, beams.scores, scores[:, :, 0])
+    token_ids[:, :, 0] = torch.where(frozen, own_token, token_ids[:, :, 0])
+    slots = torch.arange(beams.nodes.shape[1], device=frozen.device)[None, :, None].expand_as(token_ids)
+    parents = beams.nodes[:, :, None].expand_as(token_ids)
+    order = (token_ids * tree.num_nodes + parents).flatten(1).argsort(dim=1, stable=True)
+    flat = (part.flatten(1).gather(1, order) for part in (token_ids, slots, parents, scores))
+    return _Candidates(*flat)
+
+
+def _ranking(candidates: _Candidates, batch: Batch, streams: Tensor, depth: int) -> Tensor:
+    """Candidate numbers from best to worst, `[rows, at least width]`; noise above temperature 0."""
+    scores = candidates.scores
+    if not batch.sampling.all_greedy:
+        noise = uniforms(streams[:, None], Draw.BEAM, depth, candidates.parents, candidates.token_ids)
+        perturbed = scores + gumbel(noise)
+        scores = torch.where(batch.sampling.greedy[:, None], scores, perturbed)
+    return scores.sort(dim=1, descending=True, stable=True).indices
+
+
+def _extend(
+    tree: TokenTree,
+    beams: Beams,
+    frozen: Tensor,
+    candidates: _Candidates,
+    chosen: Tensor,
+    batch: Batch,
+    first: int,
+    depth: int,
+) -> Beams:
+    """Write the chosen candidates as the nodes of this depth and return the beams they form."""
+    missing = batch.width - chosen.shape[1]
+    slots = candidates.beams.gather(1, chosen)
+    scores = candidates.scores.gather(1, chosen)
+    token_ids = candidates.token_ids.gather(1, chosen)
+    parents = candidates.parents.gather(1, chosen)
+    stays = frozen.gather(1, slots)
+    new = torch.arange(first, first + chosen.shape[1], device=chosen.device)
+    real = ~stays & (scores > -math.inf)
+    nodes = slice(first, first + chosen.shape[1])
+    tree.add_level(
+        nodes.start,
+        depth,
+        token_ids=token_ids,
+        parents=parents,
+        draft_log_probs=torch.where(real, scores, -math.inf),
+        ended=batch.ends(token_ids) & real,
+    )
+    kept = Beams(torch.where(stays, parents, new), scores)
+    return kept if missing <= 0 else _padded(kept, missing)
+
+
+def _padded(beams: Beams, missing: int) -> Beams:
+    """Fill up a beam that has fewer candidates than its width."""
+    rows, device = beams.nodes.shape[0], beams.nodes.device
+    nodes = torch.zeros(rows, missing, dtype=torch.long, device=device)
+    scores = torch.full((rows, missing), -math.inf, dtype=torch.float64, device=device)
+    return Beams(torch.cat([beams.nodes, nodes], 1), torch.cat([beams.scores, scores], 1))

@@ -1,0 +1,254 @@
+"""The batched engine: sequences join and leave between steps; a step decodes one group of rows."""
+
+import time
+from collections import deque
+from collections.abc import Sequence as Series
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from decoding.batch import Batch, sequence_end_ids
+from decoding.host import to_host
+from decoding.methods import METHODS_BY_NAME
+from decoding.model import CausalModel, ModelPair
+from decoding.rows import Preset, RowTable
+from decoding.sequence import FinishReason, Sequence, SequenceOutput
+
+PREFILL_CHUNK = 256
+
+
+@dataclass(frozen=True, slots=True)
+class StepStats:
+    """What one engine step did. Times are wall seconds, nodes are counted per row, roots apart."""
+
+    method: str | None = None
+    num_sequences: int = 0
+    num_tree_nodes: int = 0
+    prefill_tokens: int = 0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+
+
+class Engine:
+    """Decodes many sequences at once, each with its own method and parameters.
+
+    `add` and `cancel` between steps; `step` prefills at most one chunk and decodes one group. Admission,
+    grouping and truncation at EOS, stop ids and `max_tokens` happen here and nowhere else.
+    """
+
+    def __init__(self, pair: ModelPair, max_num_seqs: int = 16, prefill_chunk: int = PREFILL_CHUNK) -> None:
+        self.pair = pair
+        self.prefill_chunk = prefill_chunk
+        self.last_step = StepStats()
+        self._models = list(pair.models.values())
+        for model in self._models:
+            if model.cache.rows <= max_num_seqs:
+                raise ValueError(f"max_num_seqs must be under the {model.cache.rows} rows of the caches")
+        self._rows = RowTable([model.cache for model in self._models], max_num_seqs)
+        self._waiting: deque[Sequence] = deque()
+        self._nothing_to_do: list[Sequence] = []
+        self._staged_ids: list[int] = []
+        self._batches: dict[Preset, Batch] = {}
+        self._last_turn: dict[Preset, int] = {}
+        self._num_steps = 0
+
+    @property
+    def num_running(self) -> int:
+        return len(self._rows)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_free_rows(self) -> int:
+        return self._rows.num_free
+
+    def has_work(self) -> bool:
+        return bool(self._rows.sequences or self._waiting or self._nothing_to_do)
+
+    def cache_usage(self) -> dict[str, float]:
+        """Committed share of each model's cache, 0 to 1, by role."""
+        capacity = self._rows.staging * self.pair.max_model_len
+        return {
+            role: sum(model.cache.lengths[: len(self._rows)]) / capacity
+            for role, model in self.pair.models.items()
+        }
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence; it gets a row when one is free and its prompt is prefilled.
+
+        Raises:
+            ValueError: the sequence cannot be decoded; the message names the field.
+        """
+        self._validate(sequence)
+        if sequence.remaining > 0:
+            self._waiting.append(sequence)
+        else:
+            self._nothing_to_do.append(sequence)
+
+    def cancel(self, sequence_id: str) -> bool:
+        """Forget a sequence wherever it is; its row is free on return. False if it is not known."""
+        row = self._rows.find(sequence_id)
+        if row is not None:
+            self._remove([row])
+            return True
+        for queue in (self._waiting, self._nothing_to_do):
+            for sequence in queue:
+                if sequence.id == sequence_id:
+                    queue.remove(sequence)
+                    return True
+        return False
+
+    @torch.inference_mode()
+    def step(self) -> list[SequenceOutput]:
+        """Prefill at most one chunk, decode one group of rows, and return what was delivered."""
+        started = time.monotonic()
+        outputs = [
+            SequenceOutput(each.id, [], [], finish_reason=FinishReason.LENGTH) for each in self._nothing_to_do
+        ]
+        self._nothing_to_do.clear()
+        prefill_tokens = self._admit()
+        prefilled = time.monotonic()
+        group = self._next_group()
+        if group is not None:
+            outputs += self._decode(*group)
+        self.last_step = StepStats(
+            method=group[0][0] if group else None,
+            num_sequences=group[1].stop - group[1].start if group else 0,
+            num_tree_nodes=max((output.num_draft_nodes for output in outputs), default=0),
+            prefill_tokens=prefill_tokens,
+            prefill_seconds=prefilled - started,
+            decode_seconds=time.monotonic() - prefilled,
+        )
+        return outputs
+
+    def check_integrity(self) -> None:
+        """Assert the invariants between sequences, rows, caches and device state."""
+        self._rows.check_integrity()
+        ids = [each.id for each in (*self._rows.sequences, *self._waiting, *self._nothing_to_do)]
+        assert len(ids) == len(set(ids)), ids
+        for batch in self._batches.values():
+            sequences = self._rows.sequences[batch.rows]
+            state = torch.stack([batch.lengths, batch.steps, batch.remaining, *batch.last_tokens.unbind(1)], 1)
+            expected = [[s.num_cached, s.num_steps, s.remaining, *s.last_tokens()] for s in sequences]
+            assert to_host(state) == expected, (state, expected)
+
+    def _validate(self, sequence: Sequence) -> None:
+        if self._known(sequence.id):
+            raise ValueError(f"id {sequence.id!r} is already being decoded")
+        if not sequence.prompt_ids:
+            raise ValueError("prompt_ids must hold at least one token")
+        if not 0 <= min(sequence.prompt_ids) <= max(sequence.prompt_ids) < self.pair.vocab_size:
+            raise ValueError(f"prompt_ids must lie between 0 and {self.pair.vocab_size - 1}")
+        if len(sequence.prompt_ids) + sequence.params.max_tokens > self.pair.max_model_len:
+            raise ValueError(f"max_tokens and the prompt must fit {self.pair.max_model_len} tokens together")
+        if sequence.config.uses_draft and not self.pair.has_draft:
+            raise ValueError(f"method {sequence.config.method!r} needs a draft model and none is loaded")
+
+    def _known(self, sequence_id: str) -> bool:
+        queued = (*self._waiting, *self._nothing_to_do)
+        return self._rows.find(sequence_id) is not None or any(each.id == sequence_id for each in queued)
+
+    def _admit(self) -> int:
+        """Give free rows to the sequences whose prompt is prefilled; returns the tokens prefilled."""
+        prefilled = 0
+        while self._waiting and self._rows.num_free:
+            sequence = self._waiting[0]
+            pending = self._pending_models(sequence)
+            if pending:
+                if prefilled:
+                    break
+                prefilled = self._prefill_chunk(sequence, pending)
+                if self._pending_models(sequence):
+                    break
+            self._rows.insert(self._waiting.popleft())
+            self._batches.clear()
+        return prefilled
+
+    def _pending_models(self, sequence: Sequence) -> list[CausalModel]:
+        """The models whose staging row does not yet hold all that the sequence has to have cached."""
+        cached = (sequence.prompt_ids + sequence.output_ids)[:-1]
+        if cached != self._staged_ids:
+            self._staged_ids = cached
+            for model in self._models:
+                model.cache.lengths[self._rows.staging] = 0
+        used = (sequence.config.uses_target, sequence.config.uses_draft)
+        return [
+            model
+            for model, is_used in zip(self._models, used, strict=False)
+            if is_used and model.cache.lengths[self._rows.staging] < len(cached)
+        ]
+
+    def _prefill_chunk(self, sequence: Sequence, models: Series[CausalModel]) -> int:
+        staging = self._rows.staging
+        start = min(model.cache.lengths[staging] for model in models)
+        chunk = self._staged_ids[start : start + self.prefill_chunk]
+        for model in models:
+            if model.cache.lengths[staging] == start:
+                model.prefill(staging, chunk)
+        return len(chunk)
+
+    def _next_group(self) -> tuple[Preset, slice] | None:
+        """The group that has waited longest for a pass."""
+        groups = list(self._rows.groups())
+        if not groups:
+            return None
+        preset, rows = min(groups, key=lambda group: self._last_turn.get(group[0], -1))
+        self._num_steps += 1
+        self._last_turn[preset] = self._num_steps
+        return preset, rows
+
+    def _decode(self, preset: Preset, rows: slice) -> list[SequenceOutput]:
+        sequences = self._rows.sequences[rows]
+        batch = self._batches.get(preset)
+        if batch is None:
+            batch = Batch.of(sequences, rows, self.pair.eos_token_ids, self.pair.vocab_size, self.pair.device)
+            self._batches[preset] = batch
+        step = METHODS_BY_NAME[preset[0]].step(self.pair, batch)
+        values = to_host(step.packed())
+        outputs = [
+            self._deliver(sequence, row_values, step.num_nodes)
+            for sequence, row_values in zip(sequences, values, strict=True)
+        ]
+        self._rows.set_lengths(rows)
+        ended = [row for row, output in enumerate(outputs, rows.start) if output.finish_reason is not None]
+        failed = [row for row in ended if outputs[row - rows.start].finish_reason is FinishReason.ERROR]
+        for row in failed:
+            for model in self._models:
+                model.cache.clear_row(row)
+        self._remove(ended)
+        return outputs
+
+    def _deliver(self, sequence: Sequence, values: list[Any], num_nodes: int) -> SequenceOutput:
+        """Take one row of a step into its sequence, cut at the first end."""
+        num_tokens, num_accepted, num_drafted, finite = (int(value) for value in values[:4])
+        sequence.num_steps += 1
+        if not finite:
+            return SequenceOutput(sequence.id, [], [], finish_reason=FinishReason.ERROR)
+        width = (len(values) - 4) // 2
+        token_ids = [int(value) for value in values[4 : 4 + num_tokens]]
+        ends = sequence_end_ids(sequence, self.pair.eos_token_ids)
+        stop = next((index for index, token in enumerate(token_ids) if token in ends), None)
+        kept = token_ids if stop is None else token_ids[: stop + 1]
+        sequence.output_ids += kept
+        reason = FinishReason.STOP if stop is not None else None
+        if reason is None and sequence.remaining <= 0:
+            reason = FinishReason.LENGTH
+        return SequenceOutput(
+            id=sequence.id,
+            token_ids=kept,
+            log_probs=values[4 + width : 4 + width + len(kept)],
+            finish_reason=reason,
+            stop_token_id=kept[-1] if stop is not None else None,
+            num_draft_tokens=num_drafted,
+            num_draft_nodes=num_nodes,
+            num_accepted_tokens=num_accepted,
+        )
+
+    def _remove(self, rows: Series[int]) -> None:
+        for row in sorted(rows, reverse=True):
+            self._rows.remove(row)
+        if rows:
+            self._batches.clear()

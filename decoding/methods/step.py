@@ -1,0 +1,129 @@
+"""What every method returns, and the shared end of a step that verified a tree."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from decoding.acceptance import best_reference, longest_joint_prefix
+from decoding.batch import Batch
+from decoding.model import CausalModel, ModelPair
+from decoding.sampler import Draw, sample, to_log_probs, uniforms
+from decoding.token_tree import TokenTree, gather_at
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeStep:
+    """Tokens of one step, still on the device, before truncation at ends.
+
+    `token_ids` and `log_probs` (nats, untransformed) are `[rows, depth + 1]`, of which the first
+    `num_tokens` `[rows]` count: `num_accepted` `[rows]` from the draft, the rest the model's own.
+    `num_drafted` `[rows]` is the depth proposed, `num_nodes` the nodes verified per row, root apart;
+    `finite` `[rows]` is false where a model gave values that are not numbers.
+    """
+
+    token_ids: Tensor
+    log_probs: Tensor
+    num_tokens: Tensor
+    num_accepted: Tensor
+    num_drafted: Tensor
+    finite: Tensor
+    num_nodes: int
+
+    def packed(self) -> Tensor:
+        """Everything in one float64 tensor `[rows, 2 * (depth + 1) + 4]`: one copy to the host."""
+        counts = (self.num_tokens, self.num_accepted, self.num_drafted, self.finite)
+        columns = [part.double()[:, None] for part in counts]
+        return torch.cat([*columns, self.token_ids.double(), self.log_probs.double()], dim=1)
+
+
+class Method(Protocol):
+    """Proposes, verifies, accepts and commits one step for all rows of a batch, and advances it."""
+
+    def step(self, pair: ModelPair, batch: Batch) -> DecodeStep: ...
+
+
+def joint_step(pair: ModelPair, batch: Batch, tree: TokenTree, final_nodes: Tensor) -> tuple[DecodeStep, Tensor]:
+    """Verify `tree` in one target pass and keep its longest joint prefix, then one token of the target's.
+
+    `final_nodes` `[rows]` is the final beam of highest joint q. The target's cache is left to the
+    caller to commit. Returns the step and the accepted path `[rows, depth]` of nodes.
+    """
+    limits = batch.limits()
+    logits = pair.target.forward(batch.rows, batch.lengths, tree)
+    log_probs = to_log_probs(logits, batch.sampling, point_mass=False)
+    joint = tree.joint(_conditional(tree, log_probs))
+    node = longest_joint_prefix(
+        tree, joint, _reference(tree, batch, log_probs, final_nodes, limits), batch.log_thresholds, limits
+    )
+    path = tree.path(node, batch.depth)
+    next_log_probs = to_log_probs(gather_at(logits, node)[:, None], batch.sampling, point_mass=True)[:, 0]
+    next_ids = sample(next_log_probs, uniforms(batch.streams(), Draw.NEXT))
+    num_accepted = gather_at(tree.depths, node)
+    step = collect(batch, tree, path, logits, num_accepted, next_ids, ended=gather_at(tree.ended, node))
+    return step, path
+
+
+def collect(
+    batch: Batch,
+    tree: TokenTree,
+    path: Tensor,
+    logits: Tensor,
+    num_accepted: Tensor,
+    next_ids: Tensor,
+    ended: Tensor | None = None,
+) -> DecodeStep:
+    """The accepted `path` `[rows, depth]` and `next_ids` `[rows]` as a step; advances the batch.
+
+    `logits` `[rows, nodes, vocab]` are the target's. No token follows a block that `ended`.
+    """
+    depth = path.shape[1]
+    token_ids = tree.token_ids.gather(1, path)
+    token_ids = torch.cat([token_ids, torch.zeros_like(next_ids)[:, None]], dim=1)
+    token_ids.scatter_(1, num_accepted[:, None], next_ids[:, None])
+    sources = torch.cat([torch.zeros_like(path[:, :1]), path], dim=1)
+    num_tokens = num_accepted + 1 if ended is None else num_accepted + (~ended)
+    normalisers = logits.logsumexp(-1)
+    step = DecodeStep(
+        token_ids=token_ids,
+        log_probs=_raw_log_probs(logits, normalisers, sources, token_ids),
+        num_tokens=num_tokens,
+        num_accepted=num_accepted,
+        num_drafted=batch.limits().clamp(max=depth),
+        finite=normalisers.isfinite().all(1),
+        num_nodes=tree.num_nodes - 1,
+    )
+    batch.advance(token_ids, num_tokens)
+    return step
+
+
+def single_step(model: CausalModel, batch: Batch) -> DecodeStep:
+    """One token for every row from one model's pass over its roots."""
+    tree = TokenTree.of_roots(batch.roots, 1)
+    logits = model.forward(batch.rows, batch.lengths, tree)
+    log_probs = to_log_probs(logits, batch.sampling, point_mass=True)[:, 0]
+    next_ids = sample(log_probs, uniforms(batch.streams(), Draw.NEXT))
+    nothing = torch.zeros_like(next_ids)
+    return collect(batch, tree, tree.parents[:, :0], logits, nothing, next_ids)
+
+
+def _conditional(tree: TokenTree, log_probs: Tensor) -> Tensor:
+    """log p of each node's token at its parent, `[rows, nodes]`."""
+    flat = tree.parents * log_probs.shape[-1] + tree.token_ids
+    return log_probs.flatten(1).gather(1, flat).double()
+
+
+def _reference(
+    tree: TokenTree, batch: Batch, log_probs: Tensor, final_nodes: Tensor, limits: Tensor
+) -> Tensor:
+    """Each row's own reference `[rows, nodes]`: the best final beam's q, or the target's best choices."""
+    draft = best_reference(tree, final_nodes, limits, batch.depth)
+    target = tree.joint(log_probs.amax(-1).double().gather(1, tree.parents))
+    return torch.where(batch.target_reference[:, None], target, draft)
+
+
+def _raw_log_probs(logits: Tensor, normalisers: Tensor, sources: Tensor, token_ids: Tensor) -> Tensor:
+    """Untransformed log-probs `[rows, tokens]` of tokens drawn at the nodes `sources` `[rows, tokens]`."""
+    flat = sources * logits.shape[-1] + token_ids
+    return logits.flatten(1).gather(1, flat) - normalisers.gather(1, sources)

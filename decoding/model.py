@@ -1,0 +1,211 @@
+"""One causal language model with its rows of cache, and the pair that a worker holds resident."""
+
+import inspect
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from decoding.attention import ATTENTION_NAME, fold_mask, register_attention
+from decoding.config import MAX_TREE_NODES
+from decoding.kv_cache import KVCache
+from decoding.token_tree import TokenTree
+
+
+def load_causal_lm(source: str, *, gguf_file: str | None, dtype: torch.dtype) -> PreTrainedModel:
+    """Load a stock model from a folder or hub id; safetensors or GGUF only, never the model's own code."""
+    extra = {"gguf_file": gguf_file} if gguf_file else {"use_safetensors": True}
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **extra)
+    return model.eval()
+
+
+@dataclass(frozen=True, slots=True)
+class _Pass:
+    """One forward: `token_ids`, `columns`, `positions` `[rows, tokens]`, `mask` `[rows, tokens, live]`.
+
+    `key_positions` `[rows, live]` is the position of each column, for sliding windows.
+    """
+
+    token_ids: Tensor
+    columns: Tensor
+    positions: Tensor
+    mask: Tensor
+    key_positions: Tensor
+
+
+class CausalModel:
+    """A stock model that reads and writes rows of one preallocated cache.
+
+    `module` is any transformers causal model; `rows` how many sequences fit, `max_model_len` tokens
+    each. Log-probabilities are taken over the first `vocab_size` logits.
+    """
+
+    def __init__(
+        self, module: PreTrainedModel, *, rows: int, max_model_len: int, vocab_size: int, device: torch.device
+    ) -> None:
+        register_attention()
+        self.module = module.to(device)
+        self.module.set_attn_implementation(ATTENTION_NAME)
+        self.device = device
+        self.vocab_size = vocab_size
+        config = module.config.get_text_config()
+        self.dtype = module.dtype
+        kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        self.cache = KVCache(
+            layers=config.num_hidden_layers,
+            rows=rows,
+            kv_heads=kv_heads,
+            capacity=max_model_len + 1 + MAX_TREE_NODES,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+            dtype=self.dtype,
+            device=device,
+        )
+        self._groups = config.num_attention_heads // kv_heads
+        self._layer_types = set(getattr(config, "layer_types", None) or ())
+        self._window: int | None = getattr(config, "sliding_window", None)
+        names = inspect.signature(module.forward).parameters
+        self._cache_keyword = "cache" if "cache" in names else "past_key_values"
+
+    @torch.inference_mode()
+    def prefill(self, row: int, token_ids: list[int]) -> None:
+        """Append `token_ids` to the committed columns of one row."""
+        start = self.cache.lengths[row]
+        rows = slice(row, row + 1)
+        live = self.cache.live_length(rows, len(token_ids))
+        columns = torch.arange(start, start + len(token_ids), device=self.device)[None]
+        keys = torch.arange(live, device=self.device)
+        self._run(
+            rows,
+            _Pass(
+                token_ids=torch.tensor([token_ids], device=self.device),
+                columns=columns,
+                positions=columns,
+                mask=keys <= columns[:, :, None],
+                key_positions=keys[None],
+            ),
+            keep=1,
+        )
+        self.cache.lengths[row] = start + len(token_ids)
+
+    def forward(
+        self, rows: slice, lengths: Tensor, tree: TokenTree, *, first: int = 0, count: int | None = None
+    ) -> Tensor:
+        """Run `count` nodes of `tree` from node `first` on; earlier nodes must have been run already.
+
+        `lengths` `[rows]` are committed columns on the device. Returns logits `[rows, count, vocab]`.
+        """
+        end = tree.num_nodes if count is None else first + count
+        live = self.cache.live_length(rows, tree.num_nodes)
+        nodes = torch.arange(end, device=self.device)
+        columns = lengths[:, None] + nodes
+        keys = torch.arange(live, device=self.device)
+        ancestors = tree.ancestors[:, first:end, :end]
+        mask = (keys < lengths[:, None])[:, None, :].repeat(1, end - first, 1)
+        mask.scatter_(2, columns[:, None, :].expand(-1, end - first, -1), ancestors)
+        positions = lengths[:, None] + tree.depths[:, :end]
+        return self._run(
+            rows,
+            _Pass(
+                token_ids=tree.token_ids[:, first:end],
+                columns=columns[:, first:],
+                positions=positions[:, first:],
+                mask=mask,
+                key_positions=keys.repeat(len(lengths), 1).scatter_(1, columns, positions),
+            ),
+            keep=end - first,
+        )
+
+    def catch_up(self, rows: slice, lengths: Tensor, last_tokens: Tensor) -> Tensor:
+        """Run the last committed token again and then the root; logits `[rows, vocab]` of the root.
+
+        The draft never ran the deepest level of its own tree, so the last committed column may be
+        missing; running it always keeps the shape fixed at two tokens.
+        """
+        live = self.cache.live_length(rows, 1)
+        before = (lengths - 1).clamp(min=0)
+        positions = torch.stack([before, lengths], dim=1)
+        first_column = torch.where(lengths > 0, before, self.cache.trash_column)
+        keys = torch.arange(live, device=self.device)
+        logits = self._run(
+            rows,
+            _Pass(
+                token_ids=last_tokens,
+                columns=torch.stack([first_column, lengths], dim=1),
+                positions=positions,
+                mask=keys <= positions[:, :, None],
+                key_positions=keys.repeat(len(lengths), 1),
+            ),
+            keep=1,
+        )
+        return logits[:, 0]
+
+    def commit(self, rows: slice, lengths: Tensor, path: Tensor) -> None:
+        """Move the accepted nodes `path` `[rows, depth]` (0 beyond their end) right behind their root."""
+        depths = torch.arange(1, path.shape[1] + 1, device=self.device)
+        sources = lengths[:, None] + torch.where(path > 0, path, depths)
+        self.cache.commit(rows, sources, lengths[:, None] + depths.expand_as(path))
+
+    def _run(self, rows: slice, inputs: _Pass, keep: int) -> Tensor:
+        self.cache.begin_pass(rows, inputs.columns, inputs.mask.shape[-1])
+        output = self.module(
+            input_ids=inputs.token_ids,
+            position_ids=inputs.positions,
+            attention_mask=self._masks(inputs),
+            use_cache=True,
+            logits_to_keep=keep,
+            **{self._cache_keyword: self.cache},
+        )
+        logits: Tensor = output.logits
+        logits = logits[:, -keep:, : self.vocab_size]
+        return logits if logits.dtype == torch.float64 else logits.float()
+
+    def _masks(self, inputs: _Pass) -> Tensor | dict[str, Tensor]:
+        """The additive mask, or one per layer type where only some layers have a sliding window."""
+        full = fold_mask(inputs.mask, self._groups, self.dtype)
+        if self._window is None or self._layer_types == {"full_attention"}:
+            return full
+        near = inputs.positions[:, :, None] - inputs.key_positions[:, None, :] < self._window
+        windowed = fold_mask(inputs.mask & near, self._groups, self.dtype)
+        if "full_attention" in self._layer_types or "sliding_attention" in self._layer_types:
+            return {"full_attention": full, "sliding_attention": windowed}
+        return windowed
+
+
+@dataclass(slots=True)
+class ModelPair:
+    """What one worker holds: the target, the draft unless it serves without one, and their vocabulary."""
+
+    target: CausalModel
+    draft: CausalModel | None
+    vocab_size: int
+    max_model_len: int
+    eos_token_ids: tuple[int, ...]
+    bos_token_id: int | None
+    tokenizer_file: Path
+    description: str
+
+    @property
+    def has_draft(self) -> bool:
+        return self.draft is not None
+
+    @property
+    def device(self) -> torch.device:
+        return self.target.device
+
+    @property
+    def models(self) -> dict[str, CausalModel]:
+        """The resident models by role."""
+        return {"target": self.target} if self.draft is None else {"target": self.target, "draft": self.draft}
+
+    @property
+    def memory_bytes(self) -> int:
+        """Weights and caches of both models, in bytes (cache pages count whether touched or not)."""
+        return sum(_weight_bytes(model.module) + model.cache.num_bytes for model in self.models.values())
+
+
+def _weight_bytes(module: nn.Module) -> int:
+    parameters: Any = module.parameters()
+    return sum(parameter.numel() * parameter.element_size() for parameter in parameters)

@@ -1,0 +1,109 @@
+"""What is known of one sequence: its tokens, its sampling parameters, how it ends."""
+
+import math
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from decoding.config import DecodingConfig
+
+GREEDY_TEMPERATURE = 1e-5
+
+
+class FinishReason(StrEnum):
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """The request's own transforms of both models' distributions, and its ends.
+
+    `temperature` under 1e-5 is greedy; `top_k` 0 and -1 mean off; `seed` is an int64.
+
+    Raises:
+        ValueError: a value outside its bounds; the message starts with the field's name.
+    """
+
+    max_tokens: int = 16
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 0:
+            raise ValueError("max_tokens must be 0 or more")
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise ValueError("temperature must be finite and 0 or more")
+        if self.top_k < -1:
+            raise ValueError("top_k must be -1 or more")
+        if not 0 <= self.top_p <= 1:
+            raise ValueError("top_p must be between 0 and 1")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError("min_p must be between 0 and 1")
+        if not -(2**63) <= self.seed < 2**63:
+            raise ValueError("seed must be a 64-bit signed integer")
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature < GREEDY_TEMPERATURE
+
+
+@dataclass(slots=True)
+class Sequence:
+    """One sequence in the engine, from its prompt to its last token.
+
+    `choice` is prompt index times n plus the index of the choice: with `params.seed` and
+    `num_steps` it selects the random numbers of each step. A sequence that is resumed after a
+    restart is given its delivered `output_ids` and the next unused `num_steps`.
+    """
+
+    id: str
+    prompt_ids: list[int]
+    params: SamplingParams
+    config: DecodingConfig
+    choice: int = 0
+    output_ids: list[int] = field(default_factory=list)
+    num_steps: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt_ids) + len(self.output_ids)
+
+    @property
+    def num_cached(self) -> int:
+        """Tokens a running sequence has in the cache: all but the root, its last one."""
+        return self.num_tokens - 1
+
+    @property
+    def remaining(self) -> int:
+        return self.params.max_tokens - len(self.output_ids)
+
+    def last_tokens(self) -> tuple[int, int]:
+        """The last committed token and the root; the root twice where nothing precedes it."""
+        ids = self.output_ids if len(self.output_ids) > 1 else self.prompt_ids + self.output_ids
+        return ids[max(len(ids) - 2, 0)], ids[-1]
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceOutput:
+    """What one engine step delivered for one sequence.
+
+    `log_probs` are in nats, of the untransformed target (for `draft`, of the draft).
+    `num_draft_tokens` is the depth proposed, `num_accepted_tokens` what the rule accepted, before
+    truncation at an end: the first tokens of the step, the rest are the target's own.
+    """
+
+    id: str
+    token_ids: list[int]
+    log_probs: list[float]
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None
+    num_draft_tokens: int = 0
+    num_draft_nodes: int = 0
+    num_accepted_tokens: int = 0

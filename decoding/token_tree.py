@@ -1,0 +1,107 @@
+"""A batch of token trees: what a draft proposes and a target verifies in one pass.
+
+Node 0 is the root, the last sampled token, which is not cached yet. Nodes are numbered parents
+first. A padding node has `draft_log_probs` -inf, can never be accepted and is never an ancestor.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(slots=True)
+class TokenTree:
+    """Trees of several rows with the same number of nodes; all tensors `[rows, nodes]` but `ancestors`.
+
+    `depths` are real depths (root 0), `draft_log_probs` (float64) the joint log q of each node's path, nats,
+    `ended` marks nodes whose token ends the sequence, `ancestors` `[rows, nodes, nodes]` is true where
+    the second node lies on the first one's path, itself and the root included.
+    """
+
+    token_ids: Tensor
+    parents: Tensor
+    depths: Tensor
+    draft_log_probs: Tensor
+    ended: Tensor
+    ancestors: Tensor
+
+    @classmethod
+    def of_roots(cls, roots: Tensor, num_nodes: int) -> "TokenTree":
+        """Trees `[rows, num_nodes]` that hold only their roots `[rows]`; the rest is padding."""
+        rows, device = roots.shape[0], roots.device
+        token_ids = roots[:, None].repeat(1, num_nodes)
+        parents = torch.zeros(rows, num_nodes, dtype=torch.long, device=device)
+        draft_log_probs = torch.full((rows, num_nodes), -math.inf, dtype=torch.float64, device=device)
+        draft_log_probs[:, 0] = 0.0
+        ancestors = torch.eye(num_nodes, dtype=torch.bool, device=device).repeat(rows, 1, 1)
+        ancestors[:, :, 0] = True
+        return cls(
+            token_ids=token_ids,
+            parents=parents,
+            depths=torch.zeros_like(parents),
+            draft_log_probs=draft_log_probs,
+            ended=torch.zeros(rows, num_nodes, dtype=torch.bool, device=device),
+            ancestors=ancestors,
+        )
+
+    @property
+    def num_nodes(self) -> int:
+        return self.token_ids.shape[1]
+
+    def add_level(
+        self,
+        first: int,
+        depth: int,
+        *,
+        token_ids: Tensor,
+        parents: Tensor,
+        draft_log_probs: Tensor,
+        ended: Tensor,
+    ) -> None:
+        """Write nodes `first` onwards, all at `depth`; arguments `[rows, width]`, -inf marks padding."""
+        nodes = slice(first, first + token_ids.shape[1])
+        self.token_ids[:, nodes] = token_ids
+        self.parents[:, nodes] = parents
+        self.depths[:, nodes] = depth
+        self.draft_log_probs[:, nodes] = draft_log_probs
+        self.ended[:, nodes] = ended
+        index = parents[:, :, None].expand(-1, -1, self.num_nodes)
+        self.ancestors[:, nodes] |= self.ancestors.gather(1, index)
+
+    def path(self, nodes: Tensor, depth: int) -> Tensor:
+        """The nodes `[rows, depth]` at depth 1, 2, ... on the way to `nodes` `[rows]`, 0 beyond their end."""
+        index = nodes[:, None, None].expand(-1, 1, self.num_nodes)
+        on_path = self.ancestors.gather(1, index)
+        levels = torch.arange(1, depth + 1, device=nodes.device)
+        at_level = on_path & (self.depths[:, None, :] == levels[None, :, None])
+        return at_level.int().argmax(-1)
+
+    def chain(self, path: Tensor) -> "TokenTree":
+        """The trees that hold only `path` `[rows, depth]` (from `path()`), root first; shorter ones padded."""
+        chain = TokenTree.of_roots(self.token_ids[:, 0], path.shape[1] + 1)
+        real = path > 0
+        for depth in range(1, path.shape[1] + 1):
+            node = path[:, depth - 1 : depth]
+            chain.add_level(
+                depth,
+                depth,
+                token_ids=self.token_ids.gather(1, node),
+                parents=torch.full_like(node, depth - 1),
+                draft_log_probs=self.draft_log_probs.gather(1, node).masked_fill_(
+                    ~real[:, depth - 1 : depth], -math.inf
+                ),
+                ended=self.ended.gather(1, node) & real[:, depth - 1 : depth],
+            )
+        return chain
+
+    def joint(self, conditional: Tensor) -> Tensor:
+        """Sum of `conditional` `[rows, nodes]` over each node's path, its root left out."""
+        along = torch.where(self.ancestors, conditional[:, None, :], 0.0)
+        return along[:, :, 1:].sum(-1)
+
+
+def gather_at(values: Tensor, nodes: Tensor) -> Tensor:
+    """`values[row, nodes[row]]`: `[rows, nodes, ...]` and `[rows]` to `[rows, ...]`."""
+    return values[torch.arange(nodes.shape[0], device=nodes.device), nodes]
