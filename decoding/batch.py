@@ -63,7 +63,9 @@ class Batch:
             seeds=integers([sequence.params.seed for sequence in sequences]),
             choices=integers([sequence.choice for sequence in sequences]),
             end_ids=_end_ids(sequences, eos_token_ids, device),
-            log_thresholds=torch.tensor([math.log(t) if t > 0 else -math.inf for t in thresholds], device=device),
+            log_thresholds=torch.tensor(
+                [math.log(t) if t > 0 else -math.inf for t in thresholds], device=device
+            ),
             target_reference=torch.tensor(
                 [config.acceptance_reference == "target" for config in configs], device=device
             ),

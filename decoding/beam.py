@@ -51,6 +51,7 @@ def propose_tree(draft: CausalModel, batch: Batch) -> tuple[TokenTree, Beams]:
         first = 1 + (depth - 1) * width
         if depth > 1:
             logits = draft.forward(batch.rows, batch.lengths, tree, first=first - width, count=width)
+        tree.note_finite(logits)
         frozen = tree.ended.gather(1, beams.nodes) | (depth > limits)[:, None]
         candidates = _candidates(tree, beams, frozen, to_log_probs(logits, batch.sampling, point_mass=False))
         ranking = _ranking(candidates, batch, streams, depth)

@@ -92,6 +92,7 @@ class Engine:
         """Forget a sequence wherever it is; its row is free on return. False if it is not known."""
         row = self._rows.find(sequence_id)
         if row is not None:
+            self._clear(row)
             self._remove([row])
             return True
         for queue in (self._waiting, self._nothing_to_do):
@@ -131,7 +132,9 @@ class Engine:
         assert len(ids) == len(set(ids)), ids
         for batch in self._batches.values():
             sequences = self._rows.sequences[batch.rows]
-            state = torch.stack([batch.lengths, batch.steps, batch.remaining, *batch.last_tokens.unbind(1)], 1)
+            state = torch.stack(
+                [batch.lengths, batch.steps, batch.remaining, *batch.last_tokens.unbind(1)], 1
+            )
             expected = [[s.num_cached, s.num_steps, s.remaining, *s.last_tokens()] for s in sequences]
             assert to_host(state) == expected, (state, expected)
 
@@ -173,7 +176,7 @@ class Engine:
         if cached != self._staged_ids:
             self._staged_ids = cached
             for model in self._models:
-                model.cache.lengths[self._rows.staging] = 0
+                model.cache.clear_row(self._rows.staging)
         used = (sequence.config.uses_target, sequence.config.uses_draft)
         return [
             model
@@ -216,8 +219,7 @@ class Engine:
         ended = [row for row, output in enumerate(outputs, rows.start) if output.finish_reason is not None]
         failed = [row for row in ended if outputs[row - rows.start].finish_reason is FinishReason.ERROR]
         for row in failed:
-            for model in self._models:
-                model.cache.clear_row(row)
+            self._clear(row)
         self._remove(ended)
         return outputs
 
@@ -246,6 +248,10 @@ class Engine:
             num_draft_nodes=num_nodes,
             num_accepted_tokens=num_accepted,
         )
+
+    def _clear(self, row: int) -> None:
+        for model in self._models:
+            model.cache.clear_row(row)
 
     def _remove(self, rows: Series[int]) -> None:
         for row in sorted(rows, reverse=True):

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
+from decoding.config import MAX_TREE_NODES
+
 LENGTH_BUCKET = 64  # keys are cut to the live length rounded up to this many columns
 
 
@@ -14,7 +16,7 @@ def round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
-class KVCache(Cache):  # type: ignore[misc]
+class KVCache(Cache):
     """One tensor `[layers, 2, rows, kv_heads, capacity, head_dim]`, handed to stock models as their cache.
 
     A committed token's column is its position. The nodes of a row's token tree lie behind the
@@ -93,8 +95,9 @@ class KVCache(Cache):  # type: ignore[misc]
         self.lengths[destination] = length
 
     def clear_row(self, row: int) -> None:
-        """Zero a row, so that values which are not finite cannot reach its next sequence."""
-        self.storage[:, :, row].zero_()
+        """Zero what a sequence may have written, so that values not finite cannot reach the row's next one."""
+        self.storage[:, :, row, :, : self.lengths[row] + 1 + MAX_TREE_NODES].zero_()
+        self.storage[:, :, row, :, self.trash_column].zero_()
         self.lengths[row] = 0
 
     def check_integrity(self, lengths: list[int]) -> None:

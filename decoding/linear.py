@@ -22,6 +22,11 @@ class Float16Linear(nn.Module):
         self.out_features, self.in_features = weight.shape
         self.packed = torch.ops.quantized.linear_prepack_fp16(weight.contiguous(), bias)
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the float16 weights."""
+        return 2 * self.out_features * self.in_features
+
     def forward(self, inputs: Tensor) -> Tensor:
         output: Tensor = torch.ops.quantized.linear_dynamic_fp16(inputs, self.packed)
         return output

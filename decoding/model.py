@@ -3,7 +3,6 @@
 import inspect
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,14 +11,16 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from decoding.attention import ATTENTION_NAME, fold_mask, register_attention
 from decoding.config import MAX_TREE_NODES
 from decoding.kv_cache import KVCache
+from decoding.linear import Float16Linear
 from decoding.token_tree import TokenTree
 
 
 def load_causal_lm(source: str, *, gguf_file: str | None, dtype: torch.dtype) -> PreTrainedModel:
     """Load a stock model from a folder or hub id; safetensors or GGUF only, never the model's own code."""
     extra = {"gguf_file": gguf_file} if gguf_file else {"use_safetensors": True}
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **extra)
-    return model.eval()
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **extra)
+    model.train(False)
+    return model
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +48,7 @@ class CausalModel:
         self, module: PreTrainedModel, *, rows: int, max_model_len: int, vocab_size: int, device: torch.device
     ) -> None:
         register_attention()
-        self.module = module.to(device)
+        self.module: PreTrainedModel = nn.Module.to(module, device)
         self.module.set_attn_implementation(ATTENTION_NAME)
         self.device = device
         self.vocab_size = vocab_size
@@ -70,14 +71,14 @@ class CausalModel:
         self._cache_keyword = "cache" if "cache" in names else "past_key_values"
 
     @torch.inference_mode()
-    def prefill(self, row: int, token_ids: list[int]) -> None:
-        """Append `token_ids` to the committed columns of one row."""
+    def prefill(self, row: int, token_ids: list[int], *, keep: int = 1) -> Tensor:
+        """Append `token_ids` to the committed columns of one row; logits `[keep, vocab]` of the last ones."""
         start = self.cache.lengths[row]
         rows = slice(row, row + 1)
         live = self.cache.live_length(rows, len(token_ids))
         columns = torch.arange(start, start + len(token_ids), device=self.device)[None]
         keys = torch.arange(live, device=self.device)
-        self._run(
+        logits = self._run(
             rows,
             _Pass(
                 token_ids=torch.tensor([token_ids], device=self.device),
@@ -86,9 +87,10 @@ class CausalModel:
                 mask=keys <= columns[:, :, None],
                 key_positions=keys[None],
             ),
-            keep=1,
+            keep=keep,
         )
         self.cache.lengths[row] = start + len(token_ids)
+        return logits[0]
 
     def forward(
         self, rows: slice, lengths: Tensor, tree: TokenTree, *, first: int = 0, count: int | None = None
@@ -207,5 +209,5 @@ class ModelPair:
 
 
 def _weight_bytes(module: nn.Module) -> int:
-    parameters: Any = module.parameters()
-    return sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+    kept = sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
+    return kept + sum(part.num_bytes for part in module.modules() if isinstance(part, Float16Linear))

@@ -47,6 +47,9 @@ def probe_tree(model: CausalModel) -> float:
             cannot run such a pass at all.
     """
     kind = model.module.config.model_type
+    # GPT-Neo keeps its own attention, whose local windows no probe of a few tokens would show.
+    if model.module.config.get_text_config()._attn_implementation != ATTENTION_NAME:
+        raise refusal(kind, "its attention cannot be replaced")
     try:
         error = _tree_error(model)
     except _PROBE_FAILURES as cause:
@@ -81,7 +84,9 @@ def _tree_error(model: CausalModel) -> float:
 
     found, sequences = [], []
     for row, prompt in enumerate(prompts):
-        texts = {leaf: [*prompt, nodes[row][0], *(nodes[row][n] for n in path)] for leaf, path in PATHS.items()}
+        texts = {
+            leaf: [*prompt, nodes[row][0], *(nodes[row][n] for n in path)] for leaf, path in PATHS.items()
+        }
         sequences += [*texts.values(), [*texts[ACCEPTED], next_roots[row]]]
         found += [*(in_tree[row, leaf] for leaf in PATHS), after[row, 0]]
     return _largest_error(found, _recompute(model, sequences))

@@ -17,7 +17,7 @@ from decoding.sequence import SamplingParams
 _GOLDEN = -0x61C8864680B583EB  # 0x9E3779B97F4A7C15 as a signed 64-bit integer
 _MIX_1 = -0x40A7B892E31B1A47  # 0xBF58476D1CE4E5B9
 _MIX_2 = -0x6B2FB644ECCEEE15  # 0x94D049BB133111EB
-_MASKS = {shift: (1 << (64 - shift)) - 1 for shift in (30, 27, 31, 11)}
+_MASKS = {shift: (1 << (64 - shift)) - 1 for shift in (30, 27, 31, 12)}
 
 
 class Draw(IntEnum):
@@ -145,7 +145,8 @@ def uniforms(
     counter = (int(draw) << 58) + (depth * (1 << 50)) + (parent * (1 << 40)) + token
     scattered = counter * _GOLDEN if isinstance(counter, Tensor) else _signed(counter * _GOLDEN)
     bits = _mix(streams + scattered)
-    return (_shift_right(bits, 11).double() + 0.5) * 2.0**-53
+    # 52 bits and a half fit the 53 of a double: with one bit more the largest would round to 1.
+    return (_shift_right(bits, 12).double() + 0.5) * 2.0**-52
 
 
 def _signed(value: int) -> int:

@@ -17,7 +17,8 @@ class TokenTree:
 
     `depths` are real depths (root 0), `draft_log_probs` (float64) the joint log q of each node's path, nats,
     `ended` marks nodes whose token ends the sequence, `ancestors` `[rows, nodes, nodes]` is true where
-    the second node lies on the first one's path, itself and the root included.
+    the second node lies on the first one's path, itself and the root included. `finite` `[rows]` is
+    false where the draft gave values that are not numbers.
     """
 
     token_ids: Tensor
@@ -26,6 +27,7 @@ class TokenTree:
     draft_log_probs: Tensor
     ended: Tensor
     ancestors: Tensor
+    finite: Tensor
 
     @classmethod
     def of_roots(cls, roots: Tensor, num_nodes: int) -> "TokenTree":
@@ -44,6 +46,7 @@ class TokenTree:
             draft_log_probs=draft_log_probs,
             ended=torch.zeros(rows, num_nodes, dtype=torch.bool, device=device),
             ancestors=ancestors,
+            finite=torch.ones(rows, dtype=torch.bool, device=device),
         )
 
     @property
@@ -70,6 +73,11 @@ class TokenTree:
         index = parents[:, :, None].expand(-1, -1, self.num_nodes)
         self.ancestors[:, nodes] |= self.ancestors.gather(1, index)
 
+    def note_finite(self, logits: Tensor) -> None:
+        """Remember rows whose draft `logits` `[rows, nodes, vocab]` come from states that are not numbers."""
+        # Such a state makes every logit of its node not finite, so one of them tells.
+        self.finite = self.finite & logits[:, :, 0].isfinite().all(1)
+
     def path(self, nodes: Tensor, depth: int) -> Tensor:
         """The nodes `[rows, depth]` at depth 1, 2, ... on the way to `nodes` `[rows]`, 0 beyond their end."""
         index = nodes[:, None, None].expand(-1, 1, self.num_nodes)
@@ -79,8 +87,9 @@ class TokenTree:
         return at_level.int().argmax(-1)
 
     def chain(self, path: Tensor) -> "TokenTree":
-        """The trees that hold only `path` `[rows, depth]` (from `path()`), root first; shorter ones padded."""
+        """The trees that hold only `path` `[rows, depth]` (from `path()`); shorter ones are padded."""
         chain = TokenTree.of_roots(self.token_ids[:, 0], path.shape[1] + 1)
+        chain.finite = self.finite
         real = path > 0
         for depth in range(1, path.shape[1] + 1):
             node = path[:, depth - 1 : depth]

@@ -45,6 +45,7 @@ def _propose_chain(
     for depth in range(1, batch.depth + 1):
         if depth > 1:
             logits = draft.forward(batch.rows, batch.lengths, tree, first=depth - 1, count=1)
+        tree.note_finite(logits)
         log_probs = to_log_probs(logits, batch.sampling, point_mass=True)
         token_ids = sample(log_probs, uniforms(streams, Draw.CHAIN, depth)[:, None])
         drawn = log_probs.gather(2, token_ids[:, :, None])[:, :, 0].double()

@@ -44,7 +44,9 @@ class Method(Protocol):
     def step(self, pair: ModelPair, batch: Batch) -> DecodeStep: ...
 
 
-def joint_step(pair: ModelPair, batch: Batch, tree: TokenTree, final_nodes: Tensor) -> tuple[DecodeStep, Tensor]:
+def joint_step(
+    pair: ModelPair, batch: Batch, tree: TokenTree, final_nodes: Tensor
+) -> tuple[DecodeStep, Tensor]:
     """Verify `tree` in one target pass and keep its longest joint prefix, then one token of the target's.
 
     `final_nodes` `[rows]` is the final beam of highest joint q. The target's cache is left to the
@@ -82,7 +84,7 @@ def collect(
     token_ids = tree.token_ids.gather(1, path)
     token_ids = torch.cat([token_ids, torch.zeros_like(next_ids)[:, None]], dim=1)
     token_ids.scatter_(1, num_accepted[:, None], next_ids[:, None])
-    sources = torch.cat([torch.zeros_like(path[:, :1]), path], dim=1)
+    sources = torch.cat([torch.zeros_like(next_ids)[:, None], path], dim=1)
     num_tokens = num_accepted + 1 if ended is None else num_accepted + (~ended)
     normalisers = logits.logsumexp(-1)
     step = DecodeStep(
@@ -91,7 +93,7 @@ def collect(
         num_tokens=num_tokens,
         num_accepted=num_accepted,
         num_drafted=batch.limits().clamp(max=depth),
-        finite=normalisers.isfinite().all(1),
+        finite=normalisers.isfinite().all(1) & tree.finite,
         num_nodes=tree.num_nodes - 1,
     )
     batch.advance(token_ids, num_tokens)

@@ -1,0 +1,1 @@
+"""Programs that measure the engine and the server, and the prompts they use."""
