@@ -115,7 +115,8 @@ def _make_once(cache: Path, name: str, source: bytes, write: Callable[[Path], No
     folder = cache / hashlib.sha256(_LAYOUT_VERSION + source).hexdigest()[:12] / name
     if folder.is_dir():
         return folder
-    logger.info("preparing %s in %s, once", name, folder.parent)
+    # A warning, so that a wait of half a minute is explained where logging is not set up, too.
+    logger.warning("preparing %s in %s, once", name, folder.parent)
     cache.mkdir(parents=True, exist_ok=True)
     _remove_stale(cache)
     with tempfile.TemporaryDirectory(dir=cache, prefix=_UNFINISHED) as temporary:

@@ -81,6 +81,7 @@ def load_model_pair(
     modules = [_load_module(source, precision) for source in sources]
     vocab_size = min(len(tokenizers[0]), *(module.config.get_text_config().vocab_size for module in modules))
     context = _max_model_len(modules, max_model_len)
+    sizes = [sum(weight.numel() for weight in module.parameters()) for module in modules]
     shares, models = [], []
     for module in modules:
         shares.append(apply_float16_linear(module) if precision.float16_linear else 0.0)
@@ -93,7 +94,7 @@ def load_model_pair(
         eos_token_ids=_eos_token_ids(modules[0], tokenizers[0]),
         bos_token_id=tokenizers[0].bos_token_id,
         tokenizer_file=_save_tokenizer(tokenizers[0]),
-        description=_describe(sources, modules, shares, precision, place),
+        description=_describe(sources, modules, sizes, shares, precision, place),
     )
 
 
@@ -226,19 +227,15 @@ def _save_tokenizer(tokenizer: PreTrainedTokenizerBase) -> Path:
 def _describe(
     sources: list[_Source],
     modules: list[PreTrainedModel],
+    sizes: list[int],
     shares: list[float],
     precision: _Precision,
     device: torch.device,
 ) -> str:
     parts = [
-        f"{source.label} ({module.config.model_type}, {_num_parameters(module, share) / 1e6:.0f}M)"
-        for source, module, share in zip(sources, modules, shares, strict=True)
+        f"{source.label} ({module.config.model_type}, {size / 1e6:.0f}M)"
+        for source, module, size in zip(sources, modules, sizes, strict=True)
     ]
     reduced = f" ({min(shares):.0%} of weights)" if precision.float16_linear else ""
     where = f"cpu, {torch.get_num_threads()} threads" if device.type == "cpu" else str(device)
     return f"{' + draft '.join(parts)}; {precision.note}{reduced}; {where}"
-
-
-def _num_parameters(module: PreTrainedModel, reduced_share: float) -> float:
-    kept = sum(parameter.numel() for parameter in module.parameters())
-    return kept / (1 - reduced_share) if reduced_share < 1 else kept

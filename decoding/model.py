@@ -3,6 +3,7 @@
 import inspect
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +17,18 @@ from decoding.token_tree import TokenTree
 
 
 def load_causal_lm(source: str, *, gguf_file: str | None, dtype: torch.dtype) -> PreTrainedModel:
-    """Load a stock model from a folder or hub id; safetensors or GGUF only, never the model's own code."""
+    """Load a stock model from a folder or hub id; safetensors or GGUF only, never the model's own code.
+
+    Raises:
+        ValueError: the files lack some of the weights, which would be left random.
+    """
     extra = {"gguf_file": gguf_file} if gguf_file else {"use_safetensors": True}
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **extra)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True, **extra)
+    model: PreTrainedModel = loaded[0]
+    missing_keys: set[str] = loaded[1]["missing_keys"]
+    if missing_keys:
+        missing = sorted(missing_keys)
+        raise ValueError(f"its files lack {len(missing)} weights, {missing[0]} for one")
     model.train(False)
     return model
 

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from decoding.sequence import SamplingParams
 
+TIE_MARGIN = 64  # equal logits beyond a top-k border that are told apart by token id
+
 _GOLDEN = -0x61C8864680B583EB  # 0x9E3779B97F4A7C15 as a signed 64-bit integer
 _MIX_1 = -0x40A7B892E31B1A47  # 0xBF58476D1CE4E5B9
 _MIX_2 = -0x6B2FB644ECCEEE15  # 0x94D049BB133111EB
@@ -98,18 +100,25 @@ def to_log_probs(logits: Tensor, sampling: RowSampling, *, point_mass: bool) -> 
 
 def _keep_ranked(scaled: Tensor, sampling: RowSampling) -> Tensor:
     """Top-k, then top-p on what it leaves; everything else becomes -inf."""
-    width = sampling.sort_width
-    if width < scaled.shape[-1]:
-        values, token_ids = scaled.topk(width, dim=-1)
-    else:
-        values, token_ids = scaled.sort(dim=-1, descending=True, stable=True)
-    rank = torch.arange(width, device=scaled.device)
+    values, token_ids = _ranked(scaled, sampling.sort_width)
+    rank = torch.arange(values.shape[-1], device=scaled.device)
     values = values.masked_fill(rank >= sampling.top_k[:, None, None], -math.inf)
     probs = values.softmax(-1)
     mass_before = probs.cumsum(-1) - probs
     dropped = (mass_before >= sampling.top_p[:, None, None]) & (rank > 0)
     values = values.masked_fill(dropped, -math.inf)
     return torch.full_like(scaled, -math.inf).scatter_(-1, token_ids, values)
+
+
+def _ranked(scaled: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """At least the `width` largest values in descending order, and their token ids, ascending among equals."""
+    if width + TIE_MARGIN >= scaled.shape[-1]:
+        values, token_ids = scaled.sort(dim=-1, descending=True, stable=True)
+        return values, token_ids
+    # Which of several equal values topk returns, and where, may depend on its width: on a neighbour's filter.
+    token_ids = scaled.topk(width + TIE_MARGIN, dim=-1).indices.sort(dim=-1).values
+    values, order = scaled.gather(-1, token_ids).sort(dim=-1, descending=True, stable=True)
+    return values, token_ids.gather(-1, order)
 
 
 def _point_mass(logits: Tensor) -> Tensor:

@@ -75,8 +75,8 @@ class TokenTree:
 
     def note_finite(self, logits: Tensor) -> None:
         """Remember rows whose draft `logits` `[rows, nodes, vocab]` come from states that are not numbers."""
-        # Such a state makes every logit of its node not finite, so one of them tells.
-        self.finite = self.finite & logits[:, :, 0].isfinite().all(1)
+        # Such a state makes every logit of its node NaN, so one of them tells; -inf only excludes a token.
+        self.finite = self.finite & (logits[:, :, 0] < math.inf).all(1)
 
     def path(self, nodes: Tensor, depth: int) -> Tensor:
         """The nodes `[rows, depth]` at depth 1, 2, ... on the way to `nodes` `[rows]`, 0 beyond their end."""
