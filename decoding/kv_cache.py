@@ -95,7 +95,7 @@ class KVCache(Cache):
         self.lengths[destination] = length
 
     def clear_row(self, row: int) -> None:
-        """Zero what a sequence may have written, so that values not finite cannot reach the row's next one."""
+        """Zero what a sequence may have written, so that no NaN of it can reach the row's next one."""
         self.storage[:, :, row, :, : self.lengths[row] + 1 + MAX_TREE_NODES].zero_()
         self.storage[:, :, row, :, self.trash_column].zero_()
         self.lengths[row] = 0

@@ -111,7 +111,7 @@ def _keep_ranked(scaled: Tensor, sampling: RowSampling) -> Tensor:
 
 
 def _ranked(scaled: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """At least the `width` largest values in descending order, and their token ids, ascending among equals."""
+    """At least the `width` largest values, descending, and their token ids, ascending among equals."""
     if width + TIE_MARGIN >= scaled.shape[-1]:
         values, token_ids = scaled.sort(dim=-1, descending=True, stable=True)
         return values, token_ids

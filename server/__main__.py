@@ -1,0 +1,133 @@
+"""`python -m server`: read the configuration, bind the port, serve until told to stop."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+
+import structlog
+import uvicorn
+
+from server.app import create_app
+from server.config import ConfigError, ServerConfig, configure_logging, load_config
+from server.limits import HEADER_BYTES_LIMIT
+from server.pool import WorkerPool
+
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+LINGER_SECONDS = 5
+
+log = structlog.get_logger("server")
+
+
+class HttpServer(uvicorn.Server):
+    """uvicorn without its signal handlers, whose exit status is not 0."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class Server:
+    """One run of the server: HTTP, the pool, and what ends them."""
+
+    def __init__(self, config: ServerConfig, listener: socket.socket) -> None:
+        app = create_app(config)
+        self._config = config
+        self._listener = listener
+        self._pool: WorkerPool = app.state.pool
+        self._http = HttpServer(
+            uvicorn.Config(
+                app,
+                http="h11",
+                h11_max_incomplete_event_size=HEADER_BYTES_LIMIT,
+                timeout_graceful_shutdown=LINGER_SECONDS,
+                access_log=False,
+                log_config=None,
+                server_header=False,
+                ws="none",
+            )
+        )
+        self._exit_code = 0
+        self._draining: asyncio.Task[None] | None = None
+
+    async def run(self) -> int:
+        """Serve until a signal or a fatal event; returns the exit code."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._on_signal)
+        watchers = [loop.create_task(self._announce()), loop.create_task(self._watch_fatal())]
+        await self._http.serve(sockets=[self._listener])
+        for watcher in watchers:
+            watcher.cancel()
+        await asyncio.gather(*watchers, return_exceptions=True)
+        return self._exit_code
+
+    def _on_signal(self) -> None:
+        """The first signal drains, the second ends at once."""
+        if self._draining is None:
+            log.info("draining", timeout_seconds=self._config.shutdown_timeout)
+            self._draining = asyncio.get_running_loop().create_task(self._drain())
+            return
+        self._pool.kill()
+        os._exit(EXIT_FAILED)
+
+    async def _drain(self) -> None:
+        await self._pool.drain(self._config.shutdown_timeout)
+        self._http.should_exit = True
+
+    async def _announce(self) -> None:
+        model = await self._pool.wait_ready()
+        host, port = self._listener.getsockname()[:2]
+        log.info(
+            "ready",
+            url=f"http://{f'[{host}]' if ':' in host else host}:{port}",
+            model=self._config.target_id,
+            draft=self._config.draft_id,
+            method=self._config.decoding.method,
+            device=model.device,
+            memory_mib=model.memory_bytes // 2**20,
+            load_seconds=round(model.load_seconds, 2),
+            description=model.description,
+        )
+
+    async def _watch_fatal(self) -> None:
+        """A pair that cannot be served ends the server, with one line."""
+        event = await self._pool.wait_fatal()
+        sys.stderr.write(f"error: {event.message}\n")
+        self._exit_code = event.exit_code
+        self._http.should_exit = True
+
+
+def bind(config: ServerConfig) -> socket.socket:
+    """The listening socket, before any model is loaded; raises OSError."""
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    listener = socket.create_server((config.host, config.port), family=family, backlog=2048)
+    listener.setblocking(False)
+    return listener
+
+
+def main() -> int:
+    try:
+        config = load_config()
+    except ConfigError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return EXIT_USAGE
+    configure_logging(sys.stdout)
+    try:
+        listener = bind(config)
+    except OSError as error:
+        reason = str(error.strerror).partition(" (")[0]
+        sys.stderr.write(
+            f"error: --port {config.port} on --host {config.host} cannot be used ({reason}): "
+            "stop what listens there or choose another\n"
+        )
+        return EXIT_FAILED
+    return asyncio.run(Server(config, listener).run())
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

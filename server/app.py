@@ -1,0 +1,75 @@
+"""The ASGI application: routes, error handlers, and the pool's life."""
+
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from server import __version__
+from server.config import ServerConfig
+from server.errors import (
+    ApiError,
+    ClientGoneError,
+    handle_api_error,
+    handle_client_gone,
+    handle_http_exception,
+)
+from server.metrics import Metrics
+from server.middleware import RequestMiddleware
+from server.pool import WorkerPool
+from server.report import system_fingerprint
+from server.routes import completions, models, probes
+from server.schemas import CompletionRequest
+
+
+def create_app(config: ServerConfig, pool: WorkerPool | None = None) -> FastAPI:
+    """The application; `pool` is for tests, by default one is made and lives as long as the app."""
+    if pool is None:
+        pool = WorkerPool(config, Metrics(__version__))
+    app = FastAPI(
+        title="MMTAD server",
+        version=__version__,
+        lifespan=_lifespan,
+        redirect_slashes=False,
+        openapi_url=None if config.disable_fastapi_docs else "/openapi.json",
+    )
+    app.state.config = config
+    app.state.pool = pool
+    app.state.fingerprint = system_fingerprint(config)
+    for routes in (completions, models, probes):
+        app.include_router(routes.router)
+    app.add_exception_handler(ApiError, handle_api_error)
+    app.add_exception_handler(HTTPException, handle_http_exception)
+    app.add_exception_handler(ClientGoneError, handle_client_gone)
+    app.add_exception_handler(ClientDisconnect, handle_client_gone)
+    app.add_middleware(RequestMiddleware, metrics=pool.metrics)
+    _document_bodies(app)
+    return app
+
+
+@contextlib.asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    pool: WorkerPool = app.state.pool
+    pool.start()
+    try:
+        yield
+    finally:
+        await pool.stop()
+
+
+def _document_bodies(app: FastAPI) -> None:
+    """Handlers read bytes, so the schemas that validate them are added to the document here."""
+    generate = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        document = generate()
+        schema = CompletionRequest.model_json_schema(ref_template="#/components/schemas/{model}")
+        components = document.setdefault("components", {}).setdefault("schemas", {})
+        components.update(schema.pop("$defs", {}))
+        components[CompletionRequest.__name__] = schema
+        return document
+
+    app.openapi = openapi  # type: ignore[method-assign]

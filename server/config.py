@@ -1,0 +1,284 @@
+"""The server's configuration: flags, environment (`MMTAD_`), a YAML file. Nothing else reads them.
+
+Precedence: flag, environment, file, default. Flags carry vLLM's names. This module is also the only
+place where logging is set up, because its switches are configuration.
+"""
+
+import ipaddress
+import json
+import logging
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import structlog
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    CliSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+    YamlConfigSettingsSource,
+)
+
+from decoding import MAX_BEAM_WIDTH, MAX_SPECULATIVE_TOKENS, DecodingConfig
+
+ENVIRONMENT_PREFIX = "MMTAD_"
+EMBEDDED_TARGET_ID = "SmolLM2-135M-Instruct"
+EMBEDDED_DRAFT_ID = f"{EMBEDDED_TARGET_ID}-draft"
+WORKER_LINK_FLAG = "--link-fd"
+
+MethodName = Literal["target", "draft", "speculative", "mtad", "mmtad"]
+AcceptanceReference = Literal["draft", "target"]
+
+
+class ConfigError(Exception):
+    """The server cannot start as asked. The message is one line: which flag, and the cure."""
+
+
+class SpeculativeConfig(BaseModel):
+    """`--speculative-config`: the draft and how the server speculates unless a request says otherwise."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str | None = Field(default=None, description="Folder or Hub id of the draft model.")
+    method: MethodName | None = Field(default=None, description="Default: mmtad with a draft, else target.")
+    num_speculative_tokens: int = DecodingConfig().num_speculative_tokens
+    beam_width: int = DecodingConfig().beam_width
+    acceptance_threshold: float = DecodingConfig().acceptance_threshold
+    acceptance_reference: AcceptanceReference = DecodingConfig().acceptance_reference
+
+
+class ServerConfig(BaseSettings):
+    """Every switch of the server; times in seconds."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=ENVIRONMENT_PREFIX,
+        env_nested_delimiter="__",
+        cli_kebab_case=True,
+        cli_implicit_flags="toggle",
+        cli_exit_on_error=False,
+        cli_prog_name="python -m server",
+        extra="forbid",
+        frozen=True,
+        protected_namespaces=(),
+    )
+
+    config: Path | None = Field(default=None, description="YAML file with any of these settings.")
+    model: str | None = Field(
+        default=None, description="Target: a folder or a Hub id. Default: embedded pair."
+    )
+    speculative_config: SpeculativeConfig = Field(default_factory=SpeculativeConfig)
+    served_model_name: list[str] = Field(
+        default_factory=list, description="Names of the target in the API, the first one is the id."
+    )
+    dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    max_model_len: int | None = Field(default=None, ge=1)
+    max_num_seqs: int = Field(default=16, ge=1, le=1024)
+    max_num_queued_reqs: int = Field(default=256, ge=0, le=100_000)
+    max_num_speculative_tokens: int = Field(default=MAX_SPECULATIVE_TOKENS, ge=1, le=MAX_SPECULATIVE_TOKENS)
+    max_beam_width: int = Field(default=MAX_BEAM_WIDTH, ge=1, le=MAX_BEAM_WIDTH)
+    seed: int | None = Field(default=None, ge=-(2**63), lt=2**63, description="Seed of requests without one.")
+    host: str = "127.0.0.1"
+    port: int = Field(default=8000, ge=0, le=65535)
+    allow_unauthenticated: bool = Field(default=False, description="Listen beyond loopback without keys.")
+    disable_fastapi_docs: bool = Field(default=False, description="Serve neither /docs nor /openapi.json.")
+    shutdown_timeout: float = Field(default=30.0, ge=0, le=3600)
+
+    @field_validator("served_model_name")
+    @classmethod
+    def _names_are_usable(cls, names: list[str]) -> list[str]:
+        if any(not 1 <= len(name) <= 256 for name in names):
+            raise ValueError("each name must have 1 to 256 characters")
+        return names
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        speculative = self.speculative_config
+        if self.model is None and speculative.model is not None:
+            raise ValueError(
+                "--speculative-config.model needs --model: the embedded target has its own draft"
+            )
+        if not self.has_draft and speculative.method not in (None, "target"):
+            raise ValueError(
+                f"--speculative-config.method {speculative.method} needs a draft: "
+                "give --speculative-config.model, or use method target"
+            )
+        if not self.allow_unauthenticated and not is_loopback(self.host):
+            raise ValueError(
+                "--host is reachable from other machines and nothing asks for a key: "
+                "use 127.0.0.1, or add --allow-unauthenticated"
+            )
+        if self.decoding.num_speculative_tokens > self.max_num_speculative_tokens:
+            raise ValueError("--max-num-speculative-tokens is below the server's own num_speculative_tokens")
+        if self.decoding.beam_width > self.max_beam_width:
+            raise ValueError("--max-beam-width is below the server's own beam_width")
+        return self
+
+    @property
+    def has_draft(self) -> bool:
+        return self.model is None or self.speculative_config.model is not None
+
+    @property
+    def decoding(self) -> DecodingConfig:
+        """How a request that says nothing is decoded; raises ValueError."""
+        values = self.speculative_config.model_dump(exclude={"model"})
+        values["method"] = values["method"] or ("mmtad" if self.has_draft else "target")
+        try:
+            return DecodingConfig(**values)
+        except ValueError as error:
+            raise ValueError(f"--speculative-config: {error}") from error
+
+    @property
+    def target_id(self) -> str:
+        return self.served_model_name[0] if self.served_model_name else (self.model or EMBEDDED_TARGET_ID)
+
+    @property
+    def target_aliases(self) -> tuple[str, ...]:
+        return tuple(self.served_model_name[1:])
+
+    @property
+    def draft_id(self) -> str | None:
+        return EMBEDDED_DRAFT_ID if self.model is None else self.speculative_config.model
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        sources = [init_settings, env_settings]
+        file = init_settings.init_kwargs.get("config")  # type: ignore[attr-defined]
+        if file is not None:
+            sources.append(YamlConfigSettingsSource(settings_cls, yaml_file=file))
+        return tuple(sources)
+
+
+def is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def load_config(argv: Sequence[str] | None = None) -> ServerConfig:
+    """Configuration of this process from `argv` (default: the process's own).
+
+    Raises ConfigError with one line that names the flag; `--help` prints and exits 0.
+    """
+    arguments = [_kebab_case(argument) for argument in (sys.argv[1:] if argv is None else argv)]
+    file = _config_file(arguments)
+    overrides: dict[str, Any] = {} if file is None else {"config": file}
+    try:
+        command_line: CliSettingsSource[Any] = CliSettingsSource(ServerConfig, cli_parse_args=arguments)
+        return ServerConfig(_cli_settings_source=command_line, **overrides)
+    except ValidationError as error:
+        raise ConfigError(_describe(error)) from error
+    except SettingsError as error:
+        raise ConfigError(_describe_settings(_one_line(str(error)))) from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--config: {file} is not valid YAML: {_one_line(str(error))}") from error
+
+
+def _kebab_case(argument: str) -> str:
+    """vLLM takes flags with underscores too, and dotted keys are written with them."""
+    flag, separator, value = argument.partition("=")
+    return flag.replace("_", "-") + separator + value if flag.startswith("--") else argument
+
+
+def _config_file(arguments: Sequence[str]) -> Path | None:
+    """The file is needed before the flags are parsed, because it ranks below them."""
+    name = os.environ.get(f"{ENVIRONMENT_PREFIX}CONFIG")
+    for position, argument in enumerate(arguments):
+        if argument.startswith("--config="):
+            name = argument.partition("=")[2]
+        elif argument == "--config" and position + 1 < len(arguments):
+            name = arguments[position + 1]
+    if name is None:
+        return None
+    if not Path(name).is_file():
+        raise ConfigError(f"--config: there is no file {name}")
+    return Path(name)
+
+
+def _describe(error: ValidationError) -> str:
+    first = error.errors(include_url=False, include_input=False)[0]
+    message = first["msg"].removeprefix("Value error, ")
+    path = ".".join(str(part) for part in first["loc"])
+    if not path:
+        return _one_line(message)
+    flag = "--" + path.replace("_", "-")
+    if first["type"] == "extra_forbidden":
+        return f"{flag}: there is no such setting; --help lists them"
+    return _one_line(f"{flag}: {message[:1].lower()}{message[1:]}")
+
+
+def _describe_settings(message: str) -> str:
+    """What argparse and pydantic-settings say, with the flag first and the cure last."""
+    if unknown := re.search(r"unrecognized arguments: (\S+)", message):
+        return f"{unknown[1]}: there is no such flag; --help lists them"
+    if argument := re.search(r"argument (--\S+): (.*)", message):
+        return f"{argument[1]}: {argument[2]}"
+    if field := re.search(r'value for field "(\w+)"', message):
+        return f"--{field[1].replace('_', '-')}: cannot be read; give valid JSON, or one dotted flag per key"
+    return message
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def worker_link_fd() -> int:
+    """The inherited socket of a worker process: `python -m server.worker --link-fd N`."""
+    arguments = sys.argv[1:]
+    if len(arguments) != 2 or arguments[0] != WORKER_LINK_FLAG or not arguments[1].isdigit():
+        raise SystemExit("server.worker is started by the server; start `python -m server` instead")
+    return int(arguments[1])
+
+
+def worker_environment() -> dict[str, str]:
+    """The environment of a worker: its compute threads sleep while they wait.
+
+    Threads that spin starve the API process, and whatever else runs, of the cores they wait for; where
+    those cores are busy a step then takes many times as long. Who set the policy keeps it.
+    """
+    return {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
+
+
+def configure_logging(stream: Any = None) -> None:
+    """JSON lines, the libraries' own among them; by default to standard error, where a worker's go."""
+    output = stream if stream is not None else sys.stderr
+    common: list[structlog.typing.Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        structlog.processors.format_exc_info,
+    ]
+    structlog.configure(
+        processors=[*common, structlog.processors.JSONRenderer()],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
+        logger_factory=structlog.PrintLoggerFactory(output),
+        cache_logger_on_first_use=False,
+    )
+    handler = logging.StreamHandler(output)
+    final: list[structlog.typing.Processor] = [
+        structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+        structlog.processors.JSONRenderer(),
+    ]
+    handler.setFormatter(structlog.stdlib.ProcessorFormatter(processors=final, foreign_pre_chain=common))
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
+
+
+def fingerprint_source(config: ServerConfig) -> str:
+    """What the hash in `system_fingerprint` stands for: all that decides what is generated."""
+    relevant = {"model", "speculative_config", "dtype", "device", "max_model_len", "seed"}
+    return json.dumps(config.model_dump(mode="json", include=relevant), sort_keys=True)

@@ -1,0 +1,107 @@
+"""What a worker remembers of each running command, so that its statistics are right at any end."""
+
+import itertools
+from dataclasses import dataclass, field
+
+from decoding import FinishReason, Sequence, SequenceOutput
+from server.messages import FinishedEvent, GenerateCommand, GenerationStats, SpeculationStep, StepEvent
+
+
+@dataclass(slots=True)
+class Choice:
+    """One sequence: a log of its steps, from which any earlier end can still be counted."""
+
+    sequence_id: str
+    index: int
+    step_sizes: list[int] = field(default_factory=list)
+    speculation: list[SpeculationStep] = field(default_factory=list)
+    log_probs: list[float] = field(default_factory=list)
+    decoded: FinishReason | None = None
+    finished: FinishReason | None = None
+
+    def record(self, output: SequenceOutput) -> None:
+        self.log_probs.extend(output.log_probs)
+        self.decoded = output.finish_reason
+        if output.token_ids:
+            self.step_sizes.append(len(output.token_ids))
+            self.speculation.append(
+                SpeculationStep(
+                    num_draft_tokens=output.num_draft_tokens,
+                    num_accepted_tokens=output.num_accepted_tokens,
+                    num_draft_nodes=output.num_draft_nodes,
+                )
+            )
+
+    def end(self, reason: FinishReason, num_tokens: int | None = None) -> None:
+        """End after `num_tokens` tokens: steps that began behind it never happened."""
+        self.finished = reason
+        if num_tokens is None or num_tokens >= len(self.log_probs):
+            return
+        del self.log_probs[num_tokens:]
+        starts = [0, *itertools.accumulate(self.step_sizes)]
+        kept = sum(start < num_tokens for start in starts[:-1])
+        del self.step_sizes[kept:], self.speculation[kept:]
+
+
+@dataclass(slots=True)
+class Ticket:
+    """A command on its way: its choices and the times that its statistics need (monotonic seconds)."""
+
+    command: GenerateCommand
+    received: float
+    started: float | None = None
+    choices: list[Choice] = field(default_factory=list)
+
+    @classmethod
+    def open(cls, command: GenerateCommand, now: float) -> "Ticket":
+        choices = [
+            Choice(f"{command.id}/{index}", command.choice_offset + index) for index in range(command.n)
+        ]
+        return cls(command, received=now, choices=choices)
+
+    def sequences(self) -> list[Sequence]:
+        command = self.command
+        return [
+            Sequence(
+                id=choice.sequence_id,
+                prompt_ids=list(command.prompt_ids),
+                params=command.params,
+                config=command.config,
+                choice=choice.index,
+            )
+            for choice in self.choices
+        ]
+
+    def choice(self, index: int) -> Choice | None:
+        position = index - self.command.choice_offset
+        return self.choices[position] if 0 <= position < len(self.choices) else None
+
+    def step_event(self, choice: Choice, output: SequenceOutput) -> StepEvent:
+        return StepEvent(
+            id=self.command.id,
+            choice=choice.index,
+            token_ids=list(output.token_ids),
+            log_probs=list(output.log_probs),
+            finish_reason=output.finish_reason,
+            stop_token_id=output.stop_token_id,
+        )
+
+    def finished_event(self, now: float) -> FinishedEvent | None:
+        """The command's end once every choice has one."""
+        reasons = [choice.finished for choice in self.choices if choice.finished is not None]
+        if len(reasons) < len(self.choices):
+            return None
+        return FinishedEvent(id=self.command.id, finish_reasons=reasons, stats=self._stats(now))
+
+    def _stats(self, now: float) -> GenerationStats:
+        started = now if self.started is None else self.started
+        return GenerationStats(
+            prompt_tokens=len(self.command.prompt_ids),
+            completion_tokens=sum(len(choice.log_probs) for choice in self.choices),
+            num_steps=sum(len(choice.step_sizes) for choice in self.choices),
+            log_prob_sum=sum(sum(choice.log_probs) for choice in self.choices),
+            queue_seconds=started - self.received,
+            speculation=[
+                step for choice in self.choices for step in choice.speculation if step.num_draft_tokens > 0
+            ],
+        )

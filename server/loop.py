@@ -1,0 +1,208 @@
+"""The engine loop of a worker: commands in, events out, one engine step after another."""
+
+import queue
+import time
+from collections.abc import Iterable
+from typing import Protocol
+
+import structlog
+
+from decoding import FinishReason, Sequence, SequenceOutput
+from server.ledger import Choice, Ticket
+from server.link import Outbox
+from server.messages import (
+    CancelCommand,
+    Command,
+    FailedEvent,
+    FinishCommand,
+    GenerateCommand,
+    StepStatsEvent,
+    StopCommand,
+)
+
+log = structlog.get_logger("server.worker")
+
+
+class StepStatsLike(Protocol):
+    """The part of `decoding.StepStats` that is reported."""
+
+    @property
+    def method(self) -> str | None: ...
+    @property
+    def num_sequences(self) -> int: ...
+    @property
+    def num_tree_nodes(self) -> int: ...
+    @property
+    def prefill_tokens(self) -> int: ...
+    @property
+    def prefill_seconds(self) -> float: ...
+    @property
+    def decode_seconds(self) -> float: ...
+
+
+class EngineLike(Protocol):
+    """What the loop needs of `decoding.Engine`; tests script it."""
+
+    def add(self, sequence: Sequence) -> None: ...
+    def cancel(self, sequence_id: str) -> bool: ...
+    def step(self) -> Iterable[SequenceOutput]: ...
+    def has_work(self) -> bool: ...
+    def cache_usage(self) -> dict[str, float]: ...
+    @property
+    def num_running(self) -> int: ...
+    @property
+    def num_waiting(self) -> int: ...
+    @property
+    def last_step(self) -> StepStatsLike: ...
+
+
+class WorkerLoop:
+    """The engine loop: take what was asked, step, report, until told to stop."""
+
+    def __init__(self, engine: EngineLike, inbox: "queue.SimpleQueue[Command]", outbox: Outbox) -> None:
+        self._engine = engine
+        self._inbox = inbox
+        self._outbox = outbox
+        self._tickets: dict[str, Ticket] = {}
+        self._choices: dict[str, tuple[Ticket, Choice]] = {}
+        self._waiting: dict[str, Ticket] = {}  # by sequence, in the order of admission
+
+    def run(self) -> None:
+        """Raises OSError when the link is down, and whatever the engine raises when it cannot go on."""
+        while self._handle_commands():
+            if self._engine.has_work():
+                self._step()
+            self._outbox.flush(wait=not self._engine.has_work())
+
+    def _handle_commands(self) -> bool:
+        """Handle what is there, or wait for something when idle; False after a stop command."""
+        handled = False
+        while True:
+            try:
+                command = self._inbox.get(block=not handled and not self._engine.has_work())
+            except queue.Empty:
+                break
+            if isinstance(command, StopCommand):
+                return False
+            self._handle(command)
+            handled = True
+        if handled and not self._engine.has_work():
+            self._report(None)
+        return True
+
+    def _handle(self, command: Command) -> None:
+        if isinstance(command, GenerateCommand):
+            self._generate(command)
+        elif isinstance(command, CancelCommand):
+            self._cancel(command)
+        elif isinstance(command, FinishCommand):
+            self._finish(command)
+
+    def _generate(self, command: GenerateCommand) -> None:
+        ticket = Ticket.open(command, time.monotonic())
+        added: list[str] = []
+        try:
+            for sequence in ticket.sequences():
+                self._engine.add(sequence)
+                added.append(sequence.id)
+        except ValueError as error:
+            for sequence_id in added:
+                self._engine.cancel(sequence_id)
+            self._outbox.put(FailedEvent(id=command.id, code="invalid_value", message=str(error)))
+            return
+        self._tickets[command.id] = ticket
+        for choice in ticket.choices:
+            self._choices[choice.sequence_id] = ticket, choice
+            self._waiting[choice.sequence_id] = ticket
+
+    def _cancel(self, command: CancelCommand) -> None:
+        ticket = self._tickets.get(command.id)
+        if ticket is None:
+            return
+        for choice in ticket.choices:
+            if choice.finished is None:
+                self._end_choice(ticket, choice, FinishReason.ABORT)
+        self._close_if_finished(ticket)
+
+    def _finish(self, command: FinishCommand) -> None:
+        ticket = self._tickets.get(command.id)
+        choice = ticket.choice(command.choice) if ticket else None
+        if ticket is None or choice is None or choice.finished is not None:
+            return
+        cut = command.num_tokens < len(choice.log_probs)
+        reason = FinishReason.STOP if cut or choice.decoded is None else choice.decoded
+        self._end_choice(ticket, choice, reason, command.num_tokens)
+        self._close_if_finished(ticket)
+
+    def _end_choice(
+        self, ticket: Ticket, choice: Choice, reason: FinishReason, num_tokens: int | None = None
+    ) -> None:
+        if choice.decoded is None:
+            self._engine.cancel(choice.sequence_id)
+        self._waiting.pop(choice.sequence_id, None)
+        choice.end(reason, num_tokens)
+
+    def _close_if_finished(self, ticket: Ticket) -> None:
+        event = ticket.finished_event(time.monotonic())
+        if event is not None:
+            self._outbox.put(event)
+            self._forget(ticket)
+
+    def _forget(self, ticket: Ticket) -> None:
+        self._tickets.pop(ticket.command.id, None)
+        for choice in ticket.choices:
+            self._choices.pop(choice.sequence_id, None)
+            self._waiting.pop(choice.sequence_id, None)
+
+    def _step(self) -> None:
+        started = time.monotonic()
+        try:
+            outputs = list(self._engine.step())
+        except Exception:
+            log.exception("step_failed", sequences=len(self._choices))
+            self._fail_everything()
+            return
+        self._note_admissions(started)
+        for output in outputs:
+            self._deliver(output)
+        self._report(self._engine.last_step)
+
+    def _deliver(self, output: SequenceOutput) -> None:
+        ticket, choice = self._choices[output.id]
+        choice.record(output)
+        self._outbox.put(ticket.step_event(choice, output))
+        if choice.decoded is not None and not ticket.command.confirm_end:
+            choice.end(choice.decoded)
+            self._close_if_finished(ticket)
+
+    def _note_admissions(self, now: float) -> None:
+        """The engine admits in order of arrival: all but the last `num_waiting` have left the queue."""
+        for sequence_id in list(self._waiting)[: len(self._waiting) - self._engine.num_waiting]:
+            ticket = self._waiting.pop(sequence_id)
+            if ticket.started is None:
+                ticket.started = now
+
+    def _fail_everything(self) -> None:
+        """A broken step may have left any row half done: all of them end here, the process goes on."""
+        for ticket in list(self._tickets.values()):
+            for choice in ticket.choices:
+                self._engine.cancel(choice.sequence_id)
+            self._outbox.put(FailedEvent(id=ticket.command.id, code="worker_failed", message="a step failed"))
+            self._forget(ticket)
+        self._report(None)
+
+    def _report(self, last: StepStatsLike | None) -> None:
+        """What the step did, or with None only the state that commands left behind."""
+        self._outbox.put(
+            StepStatsEvent(
+                method=last.method if last else None,
+                num_sequences=last.num_sequences if last else 0,
+                num_tree_nodes=last.num_tree_nodes if last else 0,
+                prefill_tokens=last.prefill_tokens if last else 0,
+                prefill_seconds=last.prefill_seconds if last else 0.0,
+                decode_seconds=last.decode_seconds if last else 0.0,
+                num_running=self._engine.num_running,
+                num_waiting=self._engine.num_waiting,
+                cache_usage=self._engine.cache_usage(),
+            )
+        )

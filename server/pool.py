@@ -1,0 +1,273 @@
+"""The pool: where requests wait, are placed on workers, watched, counted and given up.
+
+`WorkerPool.generate` is the only way to tokens, and the only place that records what they cost.
+"""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import structlog
+
+from decoding import FinishReason
+from server.config import ServerConfig
+from server.errors import OverloadedError
+from server.messages import (
+    CancelCommand,
+    Event,
+    FailedEvent,
+    FatalEvent,
+    FinishCommand,
+    FinishedEvent,
+    GenerateCommand,
+    LoadCommand,
+    LoadingEvent,
+    ReadyEvent,
+    StepEvent,
+    StepStatsEvent,
+)
+from server.metrics import Metrics
+from server.pending import GenerationEvent, Pending, Stream, Worker
+from server.supervisor import WorkerProcess
+from server.text import TextCodec
+
+log = structlog.get_logger("server.pool")
+
+
+Launch = Callable[[LoadCommand, Callable[[Event], None], Callable[[], None]], Worker]
+
+
+@dataclass(slots=True)
+class WorkerState:
+    name: str
+    transport: Worker
+    ready: ReadyEvent | None = None
+    num_deaths: int = 0
+
+
+class WorkerPool:
+    """Workers, their requests, and the bounds on both.
+
+    `launch` starts a worker (tests give a scripted one). The pool is used from one event loop.
+    """
+
+    def __init__(self, config: ServerConfig, metrics: Metrics, launch: Launch = WorkerProcess) -> None:
+        self.metrics = metrics
+        self.codec: TextCodec | None = None
+        self.model: ReadyEvent | None = None
+        self.draining = False
+        self.created = int(time.time())
+        self._fatal: FatalEvent | None = None
+        self._failed = asyncio.Event()
+        self._config = config
+        self._launch = launch
+        self._workers: list[WorkerState] = []
+        self._pending: dict[str, Pending] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._capacity = config.max_num_seqs + config.max_num_queued_reqs
+        self._num_slots = 0
+        self._num_sequences = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._ready = asyncio.Event()
+
+    # Life
+
+    def start(self) -> None:
+        """Start the workers; returns at once, `refusal` says how far they are."""
+        load = LoadCommand(
+            target=self._config.model,
+            draft=self._config.speculative_config.model,
+            device=self._config.device,
+            dtype=self._config.dtype,
+            max_model_len=self._config.max_model_len,
+            max_num_seqs=self._config.max_num_seqs,
+        )
+        self._start_worker("0", load)
+
+    def _start_worker(self, name: str, load: LoadCommand) -> None:
+        worker = WorkerState(
+            name,
+            self._launch(load, lambda event: self._on_event(worker, event), lambda: self._on_lost(worker)),
+        )
+        self._workers.append(worker)
+        self.metrics.worker_up.labels(name).set(0)
+        worker.transport.start()
+
+    async def wait_ready(self) -> ReadyEvent:
+        await self._ready.wait()
+        assert self.model is not None
+        return self.model
+
+    async def wait_fatal(self) -> FatalEvent:
+        """Returns when a worker says that the pair cannot be served."""
+        await self._failed.wait()
+        assert self._fatal is not None
+        return self._fatal
+
+    @property
+    def refusal(self) -> str | None:
+        """The error code of why no request can be taken now, None when one can."""
+        if self.draining:
+            return "draining"
+        if self.model is None or self.codec is None:
+            return "model_loading"
+        return None if any(worker.ready for worker in self._workers) else "no_worker"
+
+    async def drain(self, timeout: float) -> None:  # noqa: ASYNC109 - the rest is told, not cancelled
+        """Take nothing new, let what runs finish within `timeout` seconds, then tell the rest."""
+        self.draining = True
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._idle.wait(), timeout)
+        for pending in list(self._pending.values()):
+            pending.worker.send(CancelCommand(id=pending.command.id))
+            self._fail(pending, "draining", "the server shuts down")
+
+    async def stop(self) -> None:
+        await asyncio.gather(*(worker.transport.stop() for worker in self._workers))
+        for pending in list(self._pending.values()):
+            self._fail(pending, "worker_failed", "the server stopped")
+
+    def kill(self) -> None:
+        for worker in self._workers:
+            worker.transport.kill()
+
+    # Requests
+
+    @contextlib.contextmanager
+    def slot(self) -> Iterator[None]:
+        """Room for one HTTP request, taken before its body is read; raises OverloadedError."""
+        self._check(self._num_slots < self._capacity)
+        self._num_slots += 1
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self._num_slots -= 1
+            if self._num_slots == 0:
+                self._idle.set()
+
+    async def generate(
+        self, commands: Sequence[GenerateCommand], *, model: str, arrived: float
+    ) -> AsyncGenerator[GenerationEvent, None]:
+        """Every event of these commands, each ending with a FinishedEvent or FailedEvent.
+
+        Rows are taken at the first step of the iterator and given back when it is closed, so close it
+        (`contextlib.aclosing`). `model` is the served id, `arrived` the request's arrival (monotonic
+        seconds). Raises OverloadedError.
+        """
+        stream = self._open(commands, model, arrived)
+        try:
+            while stream.open_ids or not stream.events.empty():
+                event = await stream.events.get()
+                yield event
+        finally:
+            self._close(stream)
+
+    def finish(self, command_id: str, choice: int, num_tokens: int) -> None:
+        """The text of a choice ended with its first `num_tokens` tokens."""
+        pending = self._pending.get(command_id)
+        if pending is not None:
+            command = FinishCommand(id=command_id, choice=choice, num_tokens=num_tokens)
+            pending.worker.send(command)
+
+    def _check(self, has_room: bool) -> None:
+        reason = self.refusal or (None if has_room else "queue_full")
+        if reason is not None:
+            self.metrics.rejected.labels(reason).inc()
+            raise OverloadedError(reason)
+
+    def _open(self, commands: Sequence[GenerateCommand], model: str, arrived: float) -> Stream:
+        num_sequences = sum(command.n for command in commands)
+        # A request larger than the whole queue still gets its turn when it is alone.
+        fits = self._num_sequences == 0 or self._num_sequences + num_sequences <= self._capacity
+        self._check(fits)
+        worker = next(worker for worker in self._workers if worker.ready)
+        self._num_sequences += num_sequences
+        stream = Stream(num_sequences, {command.id for command in commands})
+        for command in commands:
+            self._pending[command.id] = Pending(command, stream, model, arrived, worker.transport)
+            worker.transport.send(command)
+        return stream
+
+    def _close(self, stream: Stream) -> None:
+        """What is still open goes on as an abort: its FinishedEvent closes the books."""
+        self._num_sequences -= stream.num_sequences
+        for command_id in list(stream.open_ids):
+            self._pending[command_id].worker.send(CancelCommand(id=command_id))
+
+    # Events
+
+    def _on_event(self, worker: WorkerState, event: Event) -> None:
+        if isinstance(event, StepEvent):
+            self._on_step(event)
+        elif isinstance(event, StepStatsEvent):
+            self.metrics.record_step(event, worker.name, self._config.target_id)
+        elif isinstance(event, FinishedEvent):
+            self._on_finished(event)
+        elif isinstance(event, FailedEvent):
+            if pending := self._pending.get(event.id):
+                self._fail(pending, event.code, event.message)
+        elif isinstance(event, ReadyEvent):
+            task = asyncio.get_running_loop().create_task(self._on_ready(worker, event, worker.num_deaths))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+        elif isinstance(event, FatalEvent):
+            self._on_fatal(event)
+        elif isinstance(event, LoadingEvent):
+            log.info("loading", stage=event.stage, worker=worker.name)
+
+    def _on_fatal(self, event: FatalEvent) -> None:
+        self._fatal = self._fatal or event
+        self._failed.set()
+
+    async def _on_ready(self, worker: WorkerState, event: ReadyEvent, num_deaths: int) -> None:
+        if self.codec is None:
+            try:
+                self.codec = await asyncio.to_thread(TextCodec.from_file, event.tokenizer_file)
+            except Exception as error:  # tokenizers raises nothing more special
+                log.error("tokenizer_failed", file=event.tokenizer_file, reason=str(error))
+                message = f"{event.tokenizer_file} is no tokenizer that can be read: fetch the model again"
+                self._on_fatal(FatalEvent(message=message, exit_code=2))
+                return
+        if worker.num_deaths > num_deaths:
+            return  # it died while the tokenizer was read; its successor will tell
+        worker.ready = self.model = event
+        self.metrics.worker_up.labels(worker.name).set(1)
+        self.metrics.load_seconds.labels(worker.name).set(event.load_seconds)
+        self._ready.set()
+
+    def _on_lost(self, worker: WorkerState) -> None:
+        worker.ready = None
+        worker.num_deaths += 1
+        self.metrics.worker_up.labels(worker.name).set(0)
+        self.metrics.worker_restarts.labels(worker.name).inc()
+        for pending in list(self._pending.values()):
+            if pending.worker is worker.transport:
+                self._fail(pending, "worker_failed", "the worker died")
+
+    def _on_step(self, event: StepEvent) -> None:
+        pending = self._pending.get(event.id)
+        if pending is None:
+            return
+        pending.record_tokens(self.metrics, event, time.monotonic())
+        pending.stream.events.put_nowait(event)
+
+    def _on_finished(self, event: FinishedEvent) -> None:
+        pending = self._pending.pop(event.id, None)
+        if pending is None:
+            return
+        pending.record_end(self.metrics, event, time.monotonic())
+        self._deliver_end(pending, event)
+
+    def _fail(self, pending: Pending, code: str, message: str) -> None:
+        log.error("request_failed", command=pending.command.id, code=code, reason=message)
+        del self._pending[pending.command.id]
+        self.metrics.requests.labels(pending.model, pending.method, str(FinishReason.ERROR)).inc()
+        self._deliver_end(pending, FailedEvent(id=pending.command.id, code=code, message=message))
+
+    def _deliver_end(self, pending: Pending, event: FinishedEvent | FailedEvent) -> None:
+        pending.stream.open_ids.discard(pending.command.id)
+        pending.stream.events.put_nowait(event)

@@ -1,0 +1,123 @@
+"""What a response says about itself: usage and `metrics`, summed over its choices."""
+
+import hashlib
+from dataclasses import dataclass, field
+from typing import Any
+
+from server import __version__
+from server.admission import Job
+from server.config import ServerConfig, fingerprint_source
+from server.messages import GenerationStats, SpeculationStep
+
+LOWEST_LOG_PROB = -9999.0  # what -inf is written as
+
+
+def system_fingerprint(config: ServerConfig) -> str:
+    digest = hashlib.sha256(fingerprint_source(config).encode()).hexdigest()
+    return f"mmtad-{__version__}-{digest[:8]}"
+
+
+def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+    }
+
+
+@dataclass(slots=True)
+class Report:
+    """Collects a request's clocks and the statistics of its ended commands; monotonic seconds."""
+
+    job: Job
+    first_token: float | None = None
+    last_token: float | None = None
+    stats: list[GenerationStats] = field(default_factory=list)
+
+    def note_tokens(self, now: float) -> None:
+        self.first_token = self.first_token or now
+        self.last_token = now
+
+    @property
+    def prompt_tokens(self) -> int:
+        return sum(len(command.prompt_ids) for command in self.job.commands)
+
+    @property
+    def completion_tokens(self) -> int:
+        return sum(stats.completion_tokens for stats in self.stats)
+
+    def usage(self) -> dict[str, int]:
+        return usage(self.prompt_tokens, self.completion_tokens)
+
+    def metrics(self) -> dict[str, Any]:
+        """The body's `metrics`: times in milliseconds, null where there is nothing to tell."""
+        return {
+            **self._times(),
+            "speculative_decoding": self._speculation(),
+            "target_logprob_mean": self._log_prob_mean(),
+            "energy": None,  # null, not 0: nothing measures it
+            "speculative": self.job.applied,
+            "seed": self.job.seed,
+        }
+
+    def _times(self) -> dict[str, float | None]:
+        first, last = self.first_token, self.last_token
+        times: dict[str, float | None] = {
+            "queue_time_ms": _milliseconds(min((stats.queue_seconds for stats in self.stats), default=0.0)),
+            "time_to_first_token_ms": None,
+            "generation_time_ms": None,
+            "tokens_per_second": None,
+        }
+        if first is None or last is None:
+            return times
+        times["time_to_first_token_ms"] = _milliseconds(first - self.job.arrived)
+        times["generation_time_ms"] = _milliseconds(last - first)
+        # The first tokens fall on the first mark: the rest took the time between the marks.
+        later_tokens = self.completion_tokens - sum(command.n for command in self.job.commands)
+        if last > first and later_tokens > 0:
+            times["tokens_per_second"] = round(later_tokens / (last - first), 3)
+        return times
+
+    def _log_prob_mean(self) -> float | None:
+        if self.job.decoding.method == "draft" or not self.completion_tokens:
+            return None
+        mean = sum(stats.log_prob_sum for stats in self.stats) / self.completion_tokens
+        return max(mean, LOWEST_LOG_PROB)
+
+    def _speculation(self) -> dict[str, Any] | None:
+        """vLLM's object: drafted counts depth, accepted is what the rule took, before truncation."""
+        detail = self.job.request.options.metrics or "summary"
+        if detail == "none" or self.job.decoding.method in ("target", "draft"):
+            return None
+        steps = [step for stats in self.stats for step in stats.speculation]
+        summary = summarise(steps, self.job.decoding.num_speculative_tokens)
+        return summary | _per_step(steps) if detail == "detailed" else summary
+
+
+def summarise(steps: list[SpeculationStep], depth: int) -> dict[str, Any]:
+    drafted = sum(step.num_draft_tokens for step in steps)
+    accepted = sum(step.num_accepted_tokens for step in steps)
+    histogram = [0] * (max([depth, *(step.num_accepted_tokens for step in steps)]) + 1)
+    for step in steps:
+        histogram[step.num_accepted_tokens] += 1
+    return {
+        "mean_acceptance_length": 1 + accepted / len(steps) if steps else None,
+        "draft_acceptance_rate": accepted / drafted if drafted else None,
+        "acceptance_histogram": histogram,
+        "num_spec_steps": len(steps),
+        "num_accepted_draft_tokens": accepted,
+        "num_draft_tokens": drafted,
+        "num_spec_tokens": depth,
+    }
+
+
+def _per_step(steps: list[SpeculationStep]) -> dict[str, Any]:
+    return {
+        "accepted_tokens_per_step": [step.num_accepted_tokens for step in steps],
+        "draft_tokens_per_step": [step.num_draft_tokens for step in steps],
+        "num_draft_nodes": [step.num_draft_nodes for step in steps],
+    }
+
+
+def _milliseconds(seconds: float) -> float:
+    return round(1000 * seconds, 3)

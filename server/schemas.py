@@ -1,0 +1,165 @@
+"""What a client may send to and gets from `/v1/completions`: strict types, bounds on everything.
+
+`server.validation` turns the body's bytes into a `CompletionRequest`, or raises the one error that
+names its first mistake. What needs the loaded model (vocabulary, context, ids of models) is checked
+in `server.admission`.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+
+MAX_PROMPTS = 64
+MAX_CHOICES = 128
+MAX_STOP_STRINGS = 16
+MAX_STOP_TOKEN_IDS = 128
+MAX_INTEGER = 2**31 - 1
+
+TokenId = Annotated[int, Field(ge=0, le=MAX_INTEGER)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
+
+
+def _prompt_shape(value: Any) -> str:
+    """Decided by the first element, so that one mistake gives one message."""
+    if isinstance(value, str):
+        return "text"
+    if not isinstance(value, list):
+        return "none"
+    first = value[0] if value else 0
+    return "texts" if isinstance(first, str) else "token_lists" if isinstance(first, list) else "tokens"
+
+
+def _stop_shape(value: Any) -> str:
+    return "text" if isinstance(value, str) else "texts" if isinstance(value, list) else "none"
+
+
+def _speculative_shape(value: Any) -> str:
+    return "off" if isinstance(value, bool) else "options"
+
+
+Prompt = Annotated[
+    Annotated[str, Tag("text")]
+    | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True), Tag("texts")]
+    | Annotated[TokenIds, Tag("tokens")]
+    | Annotated[
+        list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True), Tag("token_lists")
+    ],
+    Discriminator(_prompt_shape),
+]
+
+StopString = Annotated[str, Field(min_length=1, max_length=256)]
+Stop = Annotated[
+    Annotated[StopString, Tag("text")]
+    | Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS, fail_fast=True), Tag("texts")],
+    Discriminator(_stop_shape),
+]
+
+STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, frozen=True)
+
+
+class StreamOptions(BaseModel):
+    model_config = STRICT
+
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+    include_obfuscation: bool | None = None
+
+
+class SpeculativeOptions(BaseModel):
+    """How this request is decoded; omitted and null keys take the server's values."""
+
+    model_config = STRICT
+
+    method: Literal[
+        "target", "draft", "speculative", "multi_candidate", "mtjd", "mtad", "mmtad"
+    ] | None = None  # fmt: skip
+    num_speculative_tokens: Annotated[int, Field(ge=1, le=MAX_INTEGER)] | None = None
+    beam_width: Annotated[int, Field(ge=1, le=MAX_INTEGER)] | None = None
+    acceptance_threshold: Annotated[float, Field(ge=0, le=1e6)] | None = None
+    acceptance_reference: Literal["draft", "target"] | None = None
+    acceptance: Literal["token", "block"] | None = None
+    candidates_per_level: (
+        Annotated[
+            list[Annotated[int, Field(ge=1, le=16)]], Field(min_length=1, max_length=16, fail_fast=True)
+        ]
+        | None
+    ) = None
+    metrics: Literal["none", "summary", "detailed"] | None = None
+
+
+Speculative = Annotated[
+    Annotated[Literal[False], Tag("off")] | Annotated[SpeculativeOptions, Tag("options")],
+    Discriminator(_speculative_shape),
+]
+
+
+class CompletionRequest(BaseModel):
+    """The body of `POST /v1/completions`; null means the default throughout."""
+
+    model_config = STRICT
+
+    model: Annotated[str, Field(min_length=1, max_length=256)]
+    prompt: Prompt | None = None
+    max_tokens: Annotated[int, Field(ge=0, le=MAX_INTEGER)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=MAX_INTEGER)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    stop: Stop | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKEN_IDS, fail_fast=True)] | None = (
+        None
+    )
+    include_stop_str_in_output: bool | None = None
+    seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+    user: Annotated[str, Field(max_length=512)] | None = None
+    speculative: Speculative | None = None
+
+    # Known, but not built: refused by name unless they ask for nothing.
+    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+    echo: bool | None = None
+    best_of: Annotated[int, Field(ge=1, le=20)] | None = None
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=2)] | None = None
+    min_tokens: Annotated[int, Field(ge=0, le=MAX_INTEGER)] | None = None
+    suffix: str | None = None
+
+    @property
+    def num_choices(self) -> int:
+        return 1 if self.n is None else self.n
+
+    @property
+    def prompts(self) -> list[str] | list[list[int]]:
+        """The prompts, one by one; an omitted one is the empty text."""
+        if self.prompt is None:
+            return [""]
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if isinstance(self.prompt[0], int):
+            return [self.prompt]
+        return self.prompt
+
+    @property
+    def stops(self) -> list[str]:
+        return [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
+
+    @property
+    def include_usage(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    @property
+    def continuous_usage(self) -> bool:
+        return self.include_usage and bool(self.stream_options and self.stream_options.continuous_usage_stats)
+
+    @property
+    def options(self) -> SpeculativeOptions:
+        """The speculative keys that were sent; `false` is the method `target`."""
+        if self.speculative is False:
+            return SpeculativeOptions(method="target")
+        return self.speculative or SpeculativeOptions()

@@ -1,0 +1,169 @@
+"""From the bytes of a body to a request, or to the one error that names its first mistake."""
+
+from typing import Any
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from server.errors import InvalidRequestError
+from server.schemas import MAX_CHOICES, CompletionRequest
+
+UNION_TAGS = frozenset({"text", "texts", "tokens", "token_lists", "off", "options"})
+LIST_FIELDS = frozenset({"prompt", "stop", "stop_token_ids", "logit_bias"})
+MAX_NAME = 64
+
+NOT_JSON = (
+    "We could not parse the JSON body of your request: send one JSON object in UTF-8 "
+    "without NaN, Infinity or lone surrogates."
+)
+
+EXPECTED_TYPES = {
+    "int_type": "an integer",
+    "int_from_float": "an integer",
+    "int_parsing_size": "an integer",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "string_type": "a string",
+    "list_type": "an array",
+    "dict_type": "an object",
+    "model_type": "an object",
+}
+
+EXPECTED_SHAPES = {
+    "prompt": "a string, an array of strings, an array of token ids, or an array of arrays of token ids",
+    "stop": "a string or an array of strings",
+    "speculative": "false or an object",
+}
+
+RAISED_BOUNDS = {"greater_than_equal": "at least {ge}", "greater_than": "greater than {gt}"}
+LOWERED_BOUNDS = {"less_than_equal": "at most {le}", "less_than": "less than {lt}"}
+
+# Known fields that are not built, with the values that ask for nothing.
+NOT_BUILT: dict[str, tuple[Any, ...]] = {
+    "logprobs": (),
+    "echo": (False,),
+    "logit_bias": ({},),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "repetition_penalty": (1,),
+    "min_tokens": (0,),
+    "suffix": (),
+}
+NOT_BUILT_OPTIONS: dict[str, tuple[Any, ...]] = {"acceptance": ("token",), "candidates_per_level": ()}
+NOT_BUILT_METHODS = frozenset({"multi_candidate", "mtjd"})
+
+
+def parse_completion(body: bytes) -> CompletionRequest:
+    """Raises InvalidRequestError."""
+    try:
+        request = CompletionRequest.model_validate_json(body)
+    except ValidationError as error:
+        raise describe(error.errors(include_url=False, include_input=False)[0]) from None
+    _refuse_unbuilt(request)
+    _check_combinations(request)
+    return request
+
+
+def describe(error: ErrorDetails) -> InvalidRequestError:
+    """The answer to pydantic's first error."""
+    kind, context = error["type"], error.get("ctx", {})
+    if kind == "json_invalid":
+        return InvalidRequestError(NOT_JSON, code=None)
+    param = param_of(error["loc"])
+    if param is None:
+        return InvalidRequestError("The body must be a JSON object.", code="invalid_type")
+    code, rule = _code_and_rule(kind, context, param, integer=isinstance(_bound(context), int))
+    return InvalidRequestError(f"'{param}' {rule}.", code=code, param=param)
+
+
+def param_of(location: tuple[int | str, ...]) -> str | None:
+    """The dotted path of the field, None for the whole body."""
+    names = [part for part in location if isinstance(part, str) and part not in UNION_TAGS]
+    if not names:
+        return None
+    if names[0] in LIST_FIELDS:
+        return names[0]
+    return ".".join("".join(c for c in name if c.isprintable())[:MAX_NAME] for name in names[:2])
+
+
+def _bound(context: dict[str, Any]) -> Any:
+    return next((context[key] for key in ("ge", "gt", "le", "lt") if key in context), None)
+
+
+def _code_and_rule(kind: str, context: dict[str, Any], param: str, *, integer: bool) -> tuple[str, str]:
+    number = "integer" if integer else "decimal"
+    # An element is not the field: its bounds are a matter of the field's value.
+    element = param in LIST_FIELDS
+    if kind in RAISED_BOUNDS:
+        code = "invalid_value" if element else f"{number}_below_min_value"
+        return code, _bound_rule(RAISED_BOUNDS[kind].format(**context), element)
+    if kind in LOWERED_BOUNDS:
+        code = "invalid_value" if element else f"{number}_above_max_value"
+        return code, _bound_rule(LOWERED_BOUNDS[kind].format(**context), element)
+    if kind in EXPECTED_TYPES:
+        return "invalid_type", _type_rule(kind, param)
+    return _other_rule(kind, context, param)
+
+
+def _bound_rule(bound: str, element: bool) -> str:
+    return f"holds a number that must be {bound}" if element else f"must be {bound}"
+
+
+def _type_rule(kind: str, param: str) -> str:
+    return f"must be {EXPECTED_SHAPES.get(param, EXPECTED_TYPES[kind])}"
+
+
+def _other_rule(kind: str, context: dict[str, Any], param: str) -> tuple[str, str]:
+    expected = EXPECTED_SHAPES.get(param)
+    match kind:
+        case "missing":
+            return "missing_required_parameter", "is required: send the id of a model listed by /v1/models"
+        case "extra_forbidden":
+            return "unknown_parameter", "is not a parameter of this endpoint: remove it"
+        case "union_tag_invalid" | "union_tag_not_found":
+            return "invalid_type", f"must be {expected}"
+        case "literal_error" if expected:
+            return "invalid_type", f"must be {expected}"
+        case "literal_error":
+            return "invalid_value", f"must be one of {context['expected']}"
+        case "too_short":
+            return "empty_array", "must not be an empty array, nor hold one"
+        case "too_long":
+            return "array_above_max_length", f"must have at most {context['max_length']} elements"
+        case "string_too_long":
+            limit = context["max_length"]
+            return "string_above_max_length", f"must have at most {limit} characters, each string of it"
+        case "string_too_short":
+            return "invalid_value", "must not be an empty string, nor hold one"
+    return "invalid_value", "has a value that is not allowed"
+
+
+def unsupported(param: str, cure: str = "remove it") -> InvalidRequestError:
+    message = f"'{param}' is not supported by this server yet: {cure}."
+    return InvalidRequestError(message, code="unsupported_parameter", param=param)
+
+
+def _refuse_unbuilt(request: CompletionRequest) -> None:
+    """Nothing is accepted and then ignored."""
+    for name, neutral in NOT_BUILT.items():
+        value = getattr(request, name)
+        if value is not None and value not in neutral:
+            raise unsupported(name)
+    if request.best_of is not None and request.best_of != request.num_choices:
+        raise unsupported("best_of", "remove it, or make it equal to 'n'")
+    for name, neutral in NOT_BUILT_OPTIONS.items():
+        value = getattr(request.options, name)
+        if value is not None and value not in neutral:
+            raise unsupported(f"speculative.{name}")
+    if request.options.method in NOT_BUILT_METHODS:
+        raise unsupported("speculative.method", "use target, draft, speculative, mtad or mmtad")
+
+
+def _check_combinations(request: CompletionRequest) -> None:
+    if request.stream_options is not None and not request.stream:
+        message = "'stream_options' needs 'stream': true: set it, or remove 'stream_options'."
+        raise InvalidRequestError(message, code="invalid_value", param="stream_options")
+    if request.num_choices * len(request.prompts) > MAX_CHOICES:
+        message = f"'n' times the number of prompts must be at most {MAX_CHOICES}: send fewer at once."
+        raise InvalidRequestError(message, code="invalid_value", param="n")

@@ -1,0 +1,132 @@
+"""`python -m server.worker`: loads the pair, then decodes what the frames of its link ask for.
+
+Only a stop frame, the end of the link or SIGKILL ends it. Every command is answered: with its
+tokens and a FinishedEvent, or with a FailedEvent. Its protocol is in `server.messages`.
+"""
+
+import os
+import queue
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import structlog
+
+import decoding
+from decoding import ModelLoadError
+from server.config import configure_logging, worker_link_fd
+from server.link import Outbox, receive_command
+from server.loop import EngineLike, WorkerLoop
+from server.messages import (
+    BadFrameError,
+    Command,
+    FatalEvent,
+    LoadCommand,
+    LoadingEvent,
+    ReadyEvent,
+    StopCommand,
+)
+
+if TYPE_CHECKING:
+    from decoding import ModelPair
+
+EXIT_BAD_MODEL = 2
+EXIT_BROKEN = 1
+NICENESS = 5
+
+log = structlog.get_logger("server.worker")
+
+
+def read_commands(link: socket.socket, inbox: "queue.SimpleQueue[Command]") -> None:
+    """Body of the reader thread: ends the process with its link, however stuck a step may be."""
+    try:
+        while (command := receive_command(link)) is not None:
+            inbox.put(command)
+    except BadFrameError as error:
+        log.error("bad_frame", reason=str(error))
+    os._exit(EXIT_BROKEN)
+
+
+def load_pair(command: LoadCommand) -> "ModelPair":
+    """Raises ModelLoadError."""
+    target, draft = command.target, command.draft
+    if target is None:
+        target, draft = decoding.prepare_embedded_pair()
+    return decoding.load_model_pair(
+        target,
+        draft,
+        device=command.device,
+        dtype=command.dtype,
+        max_model_len=command.max_model_len,
+        max_num_seqs=command.max_num_seqs,
+    )
+
+
+def describe(pair: "ModelPair", load_seconds: float) -> ReadyEvent:
+    return ReadyEvent(
+        vocab_size=pair.vocab_size,
+        max_model_len=pair.max_model_len,
+        eos_token_ids=list(pair.eos_token_ids),
+        bos_token_id=pair.bos_token_id,
+        tokenizer_file=str(pair.tokenizer_file),
+        has_draft=pair.has_draft,
+        description=pair.description,
+        device=str(pair.device),
+        memory_bytes=pair.memory_bytes,
+        load_seconds=load_seconds,
+    )
+
+
+def load_engine(command: LoadCommand, outbox: Outbox) -> EngineLike:
+    """Load the pair and announce it; raises ModelLoadError."""
+    started = time.monotonic()
+    outbox.put(LoadingEvent(stage="models"))
+    outbox.flush(wait=True)
+    pair = load_pair(command)
+    engine: EngineLike = decoding.Engine(pair, max_num_seqs=command.max_num_seqs)
+    outbox.put(describe(pair, time.monotonic() - started))
+    outbox.flush(wait=True)
+    return engine
+
+
+def worker_main(link: socket.socket, load: Callable[[LoadCommand, Outbox], EngineLike] = load_engine) -> int:
+    """Serve one link until it ends; returns the process's exit code."""
+    inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
+    outbox = Outbox(link)
+    threading.Thread(target=read_commands, args=(link, inbox), daemon=True, name="reader").start()
+    command = inbox.get()
+    if not isinstance(command, LoadCommand):
+        return 0 if isinstance(command, StopCommand) else EXIT_BROKEN
+    try:
+        engine = load(command, outbox)
+    except ModelLoadError as error:
+        return _fatal(outbox, str(error), EXIT_BAD_MODEL)
+    except Exception as error:
+        log.exception("load_failed")
+        return _fatal(outbox, f"the worker could not load: {type(error).__name__}", EXIT_BROKEN)
+    WorkerLoop(engine, inbox, outbox).run()
+    return 0
+
+
+def _fatal(outbox: Outbox, message: str, exit_code: int) -> int:
+    outbox.put(FatalEvent(message=" ".join(message.split()), exit_code=exit_code))
+    outbox.flush(wait=True)
+    return exit_code
+
+
+def main() -> int:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    os.nice(NICENESS)
+    configure_logging()
+    try:
+        return worker_main(socket.socket(fileno=worker_link_fd()))
+    except OSError:
+        return EXIT_BROKEN  # the API process is gone: nobody is left to answer
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

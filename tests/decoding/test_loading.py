@@ -1,0 +1,210 @@
+"""Loading a pair: what is read, what is said of it, and every fault in one line with its cure."""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+
+from decoding import ModelLoadError, ModelPair, load_model_pair, loading
+from tests.decoding.checkpoints import VOCAB_SIZE, random_model, save_checkpoint, save_tokenizer
+
+Change = Callable[[Path], None]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return Path(save_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny"))
+
+
+@pytest.fixture(autouse=True)
+def cache_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(loading, "CACHE_DIR", tmp_path / "cache")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    return tmp_path / "cache"
+
+
+def load(target: Path | str, draft: Path | str | None = None, **settings: Any) -> ModelPair:
+    settings = {"device": "cpu", "dtype": "float32", "max_num_seqs": 2, **settings}
+    return load_model_pair(str(target), None if draft is None else str(draft), **settings)
+
+
+def refused(*args: Any, **settings: Any) -> str:
+    with pytest.raises(ModelLoadError) as error:
+        load(*args, **settings)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def cut(name: str, size: int) -> Change:
+    def change(folder: Path) -> None:
+        (folder / name).write_bytes((folder / name).read_bytes()[:size])
+
+    return change
+
+
+def remove(name: str) -> Change:
+    return lambda folder: (folder / name).unlink()
+
+
+def set_json(name: str, **values: Any) -> Change:
+    def change(folder: Path) -> None:
+        content = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(content | values))
+
+    return change
+
+
+def only_bin(folder: Path) -> None:
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+def without_a_weight(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+FAULTS: dict[str, tuple[Change, str]] = {
+    "truncated weights": (
+        cut("model.safetensors", -100),
+        "cannot load the model from .*deserializing header",
+    ),
+    "truncated header": (cut("model.safetensors", 20), "cannot load the model from .*deserializing header"),
+    "truncated config": (cut("config.json", -5), "cannot load the model from .*not a valid JSON"),
+    "truncated tokenizer": (cut("tokenizer.json", -5), "cannot load its tokenizer from "),
+    "no weights": (remove("model.safetensors"), "no file named model.safetensors"),
+    "no config": (remove("config.json"), "cannot load the model from .*model_type"),
+    "no tokenizer": (remove("tokenizer.json"), "cannot load its tokenizer from "),
+    "pickled weights only": (only_bin, "no file named model.safetensors"),
+    "a weight missing": (without_a_weight, "lack 1 weights, model.layers.1.mlp.up_proj.weight"),
+    "a layer missing": (set_json("config.json", num_hidden_layers=3), "lack 9 weights"),
+    "other shapes": (set_json("config.json", intermediate_size=64), "cannot load the model from "),
+    "unknown type": (set_json("config.json", model_type="nothing"), "cannot load the model from .*nothing"),
+    "own code": (
+        set_json("config.json", auto_map={"AutoModelForCausalLM": "evil.Model"}),
+        "wants to run code of its own",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_fault_is_told_in_one_line(fault: str, checkpoint: Path, tmp_path: Path) -> None:
+    """Silence would be worse: missing weights are left random by the library."""
+    change, message = FAULTS[fault]
+    folder = tmp_path / "copy"
+    shutil.copytree(checkpoint, folder)
+    change(folder)
+    found = refused(folder)
+    assert re.search(message, found), found
+
+
+@pytest.mark.parametrize("name", ["/no/such/folder", "nobody/nothing"])
+def test_name_that_leads_nowhere_is_told(name: str) -> None:
+    assert "cannot load the model from " in refused(name)
+
+
+def test_missing_gguf_file_is_told() -> None:
+    assert refused("no/such/model.gguf") == "model file 'no/such/model.gguf' does not exist; check the path"
+
+
+@pytest.mark.parametrize("words", [VOCAB_SIZE - 1, VOCAB_SIZE])
+def test_draft_with_another_vocabulary_is_refused(words: int, checkpoint: Path, tmp_path: Path) -> None:
+    """Another token, or the same tokens with another end."""
+    random_model("llama", seed=1).save_pretrained(tmp_path)
+    save_tokenizer(tmp_path, words, eos="</s>" if words < VOCAB_SIZE else "w5")
+    assert "the draft's vocabulary differs from the target's" in refused(checkpoint, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"device": "tpu"}, "device must be one of auto, cpu, cuda, not 'tpu'"),
+        ({"dtype": "int8"}, "dtype must be one of auto, float16, bfloat16, float32, not 'int8'"),
+        ({"max_model_len": 1}, "max_model_len must be between 2 and the models' own 128, not 1"),
+        ({"max_model_len": 129}, "max_model_len must be between 2 and the models' own 128, not 129"),
+    ],
+)
+def test_setting_out_of_bounds_is_named(settings: dict[str, Any], message: str, checkpoint: Path) -> None:
+    assert refused(checkpoint, **settings) == message
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_cuda_where_there_is_none_is_told(checkpoint: Path) -> None:
+    assert refused(checkpoint, device="cuda").startswith("device 'cuda' is not available here")
+
+
+def test_pair_is_loaded_as_it_is_described(checkpoint: Path, cache_dir: Path) -> None:
+    pair = load(checkpoint, checkpoint, max_model_len=64)
+    assert pair.draft is not None
+    assert (pair.vocab_size, pair.max_model_len) == (VOCAB_SIZE, 64)
+    assert (pair.eos_token_ids, pair.bos_token_id) == ((2,), 1)
+    assert pair.description.startswith("tiny (llama, 0M) + draft tiny (llama, 0M); float32; cpu, ")
+    assert pair.target.cache.rows == 3
+    assert not pair.target.module.training
+    tokenizer = Tokenizer.from_file(str(pair.tokenizer_file))
+    assert tokenizer.encode("w7 w3 </s>").ids == [7, 3, 2]
+    assert pair.tokenizer_file.is_relative_to(cache_dir)
+    assert load(checkpoint).tokenizer_file == pair.tokenizer_file
+    assert [path.name for path in pair.tokenizer_file.parent.iterdir()] == [pair.tokenizer_file.name]
+
+
+def test_context_defaults_to_the_models_own(checkpoint: Path) -> None:
+    assert load(checkpoint).max_model_len == 128
+
+
+def test_every_configured_end_counts(checkpoint: Path, tmp_path: Path) -> None:
+    shutil.copytree(checkpoint, tmp_path / "copy")
+    set_json("generation_config.json", eos_token_id=[2, 5])(tmp_path / "copy")
+    assert load(tmp_path / "copy").eos_token_ids == (2, 5)
+
+
+def test_padded_embedding_is_cut_to_the_tokenizer(checkpoint: Path, tmp_path: Path) -> None:
+    """Both models' rows beyond the tokenizer's tokens are padding of no meaning."""
+    random_model("llama", vocab_size=64).save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    pair = load(tmp_path, checkpoint)
+    assert pair.vocab_size == VOCAB_SIZE
+    assert pair.target.prefill(0, [1, 2]).shape == (1, VOCAB_SIZE)
+
+
+def test_float16_is_told_with_its_share(checkpoint: Path) -> None:
+    description = load(checkpoint, dtype="float16").description
+    assert "float16 weights, float32 activations (" in description or "no float16 linear" in description
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "note"),
+    [
+        ("AVX512", torch.bfloat16, "bfloat16"),
+        ("AVX2", torch.float32, "float32 (bfloat16 upcast: this CPU has no AVX-512)"),
+    ],
+)
+def test_bfloat16_needs_a_processor_that_has_it(
+    capability: str, dtype: torch.dtype, note: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    precision = loading._precision("bfloat16", torch.device("cpu"))
+    assert (precision.dtype, precision.note) == (dtype, note)
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float16", "float32"])
+def test_processor_without_float16_layers_computes_in_float32(
+    dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading, "float16_linear_available", lambda: False)
+    precision = loading._precision(dtype, torch.device("cpu"))
+    assert (precision.dtype, precision.float16_linear) == (torch.float32, False)
+
+
+def test_threads_are_all_cores_that_the_process_may_use(checkpoint: Path) -> None:
+    load(checkpoint)
+    assert torch.get_num_threads() == len(os.sched_getaffinity(0))

@@ -1,0 +1,271 @@
+"""A worker without models: the real engine loop, links and frames around a scripted engine."""
+
+import asyncio
+import queue
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+
+from decoding import FinishReason, Sequence, SequenceOutput
+from server.link import Outbox
+from server.loop import WorkerLoop
+from server.messages import (
+    HEADER_BYTES,
+    Command,
+    Event,
+    FrameDecoder,
+    LoadCommand,
+    ReadyEvent,
+    StopCommand,
+    encode_frame,
+    frame_length,
+)
+
+BOS, EOS = 256, 257
+VOCAB_SIZE = 258
+CONTEXT = 64
+TIMEOUT = 10.0
+
+Script = Callable[[Sequence], list[int]]
+
+
+def byte_tokenizer(*, bos: bool = False) -> Tokenizer:
+    """One token per byte in the order of the byte-level alphabet, then the two special ones."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {character: index for index, character in enumerate(alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary | {"<s>": BOS, "</s>": EOS}, merges=[]))
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", BOS)]
+        )
+    return tokenizer
+
+
+def ids_of(text: str) -> list[int]:
+    ids: list[int] = byte_tokenizer().encode(text).ids
+    return ids
+
+
+def constant(text: str) -> Script:
+    """Every sequence continues with `text`, then EOS for ever."""
+    ids = ids_of(text)
+    return lambda sequence: ids + [EOS] * (sequence.params.max_tokens + 1)
+
+
+@dataclass(frozen=True)
+class FakeStats:
+    method: str | None = None
+    num_sequences: int = 0
+    num_tree_nodes: int = 0
+    prefill_tokens: int = 0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+
+
+@dataclass
+class ScriptedEngine:
+    """Delivers `script(sequence)`, `tokens_per_step` at a time, in rows as the real one.
+
+    `gate` holds every step until it is set, `hold_after` clears it in that step, so before its output
+    is seen; `failures` are raised by the next steps.
+    """
+
+    script: Script = field(default_factory=lambda: constant("abcdefghij"))
+    tokens_per_step: int = 3
+    max_num_seqs: int = 4
+    gate: threading.Event = field(default_factory=threading.Event)
+    hold_after: int | None = None
+    failures: deque[Exception] = field(default_factory=deque)
+    added: list[Sequence] = field(default_factory=list)
+    cancelled: list[str] = field(default_factory=list)
+    last_step: FakeStats = field(default_factory=FakeStats)
+    num_steps: int = 0
+    _running: list[Sequence] = field(default_factory=list)
+    _waiting: deque[Sequence] = field(default_factory=deque)
+
+    def __post_init__(self) -> None:
+        self.gate.set()
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    def has_work(self) -> bool:
+        return bool(self._running or self._waiting)
+
+    def cache_usage(self) -> dict[str, float]:
+        return {"target": len(self._running) / self.max_num_seqs}
+
+    def add(self, sequence: Sequence) -> None:
+        if len(sequence.prompt_ids) + sequence.params.max_tokens > CONTEXT:
+            raise ValueError("max_tokens and the prompt must fit")
+        self.added.append(sequence)
+        self._waiting.append(sequence)
+
+    def cancel(self, sequence_id: str) -> bool:
+        self.cancelled.append(sequence_id)
+        before = self.num_running + self.num_waiting
+        self._running = [each for each in self._running if each.id != sequence_id]
+        self._waiting = deque(each for each in self._waiting if each.id != sequence_id)
+        return self.num_running + self.num_waiting < before
+
+    def step(self) -> list[SequenceOutput]:
+        assert self.gate.wait(TIMEOUT)
+        self.num_steps += 1
+        if self.num_steps == self.hold_after:
+            self.gate.clear()
+        if self.failures:
+            raise self.failures.popleft()
+        while self._waiting and len(self._running) < self.max_num_seqs:
+            self._running.append(self._waiting.popleft())
+        rows = list(self._running)
+        outputs = [self._advance(sequence) for sequence in rows]
+        self.last_step = FakeStats(rows[0].config.method, len(rows), num_tree_nodes=4)
+        return outputs
+
+    def _advance(self, sequence: Sequence) -> SequenceOutput:
+        start = len(sequence.output_ids)
+        new = self.script(sequence)[start : start + self.tokens_per_step][: sequence.remaining]
+        reason = stop_id = None
+        for position, token in enumerate(new):
+            if token in sequence.params.stop_token_ids or (token == EOS and not sequence.params.ignore_eos):
+                new, reason = new[: position + 1], FinishReason.STOP
+                stop_id = token
+                break
+        sequence.output_ids += new
+        if reason is None and sequence.remaining == 0:
+            reason = FinishReason.LENGTH
+        if reason is not None:
+            self._running.remove(sequence)
+        speculates = sequence.config.method not in ("target", "draft")
+        drafted = sequence.config.num_speculative_tokens if speculates else 0
+        return SequenceOutput(
+            sequence.id,
+            new,
+            [-0.5] * len(new),
+            finish_reason=reason,
+            stop_token_id=stop_id,
+            num_draft_tokens=drafted,
+            num_draft_nodes=drafted,
+            num_accepted_tokens=min(max(len(new) - 1, 0), drafted),
+        )
+
+
+def ready_event(tokenizer_file: str, *, has_draft: bool = True) -> ReadyEvent:
+    return ReadyEvent(
+        vocab_size=VOCAB_SIZE,
+        max_model_len=CONTEXT,
+        eos_token_ids=[EOS],
+        bos_token_id=BOS,
+        tokenizer_file=tokenizer_file,
+        has_draft=has_draft,
+        description="a scripted pair",
+        device="cpu",
+        memory_bytes=1,
+        load_seconds=0.25,
+    )
+
+
+class ThreadWorker:
+    """A transport whose worker is a thread: commands and events really cross as frames.
+
+    `say_ready` and `die` do from a test what a process does by itself.
+    """
+
+    def __init__(
+        self,
+        load: LoadCommand,
+        on_event: Callable[[Event], None],
+        on_lost: Callable[[], None],
+        *,
+        engine: ScriptedEngine,
+        ready: ReadyEvent | None,
+    ) -> None:
+        self.load = load
+        self.commands: list[Command] = []
+        self.stop_is_deaf = False
+        self._on_event = on_event
+        self._on_lost = on_lost
+        self._engine = engine
+        self._ready = ready
+        self._inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
+        self._decode: FrameDecoder[Command] = FrameDecoder(Command)
+        self._reader: asyncio.Task[None] | None = None
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        ours, theirs = socket.socketpair()
+        loop = WorkerLoop(self._engine, self._inbox, Outbox(theirs))
+
+        def body() -> None:
+            with theirs:
+                loop.run()
+
+        self._thread = threading.Thread(target=body, daemon=True)
+        self._thread.start()
+        self._reader = asyncio.get_running_loop().create_task(self._read(ours))
+        if self._ready is not None:
+            self._on_event(self._ready)
+
+    def say_ready(self, ready: ReadyEvent) -> None:
+        self._on_event(ready)
+
+    def die(self) -> None:
+        self._on_lost()
+
+    def send(self, command: Command) -> None:
+        frame = encode_frame(command)
+        self.commands.append(command)
+        self._inbox.put(self._decode.decode(frame[HEADER_BYTES:]))
+
+    async def stop(self) -> None:
+        if self.stop_is_deaf:
+            return
+        self._engine.gate.set()
+        self.send(StopCommand())
+        assert self._reader is not None
+        await self._reader
+
+    def kill(self) -> None:
+        raise AssertionError("a test does not end like this")
+
+    async def _read(self, link: socket.socket) -> None:
+        decoder: FrameDecoder[Event] = FrameDecoder(Event)
+        reader, writer = await asyncio.open_connection(sock=link)
+        try:
+            while True:
+                header = await reader.readexactly(HEADER_BYTES)
+                self._on_event(decoder.decode(await reader.readexactly(frame_length(header))))
+        except asyncio.IncompleteReadError:
+            writer.close()
+            await writer.wait_closed()
+
+
+async def until(condition: Callable[[], bool | Awaitable[bool]], seconds: float = TIMEOUT) -> None:
+    """Polls a condition; fails when it does not come true in time."""
+    deadline = time.monotonic() + seconds
+    while True:
+        value = condition()
+        if value if isinstance(value, bool) else await value:
+            return
+        assert time.monotonic() < deadline, "the condition did not come true"
+        await asyncio.sleep(0.005)
+
+
+def save_tokenizer(folder: Path, *, bos: bool = False) -> str:
+    path = folder / "tokenizer.json"
+    byte_tokenizer(bos=bos).save(str(path))
+    return str(path)
