@@ -168,7 +168,12 @@ class WorkerLoop:
         self._report(self._engine.last_step)
 
     def _deliver(self, output: SequenceOutput) -> None:
+        if output.id not in self._choices:
+            return  # another choice of its command failed in this step
         ticket, choice = self._choices[output.id]
+        if output.finish_reason is FinishReason.ERROR:
+            self._fail(ticket, "numerical_error", "a model gave values that are not numbers")
+            return
         choice.record(output)
         self._outbox.put(ticket.step_event(choice, output))
         if choice.decoded is not None and not ticket.command.confirm_end:
@@ -185,11 +190,14 @@ class WorkerLoop:
     def _fail_everything(self) -> None:
         """A broken step may have left any row half done: all of them end here, the process goes on."""
         for ticket in list(self._tickets.values()):
-            for choice in ticket.choices:
-                self._engine.cancel(choice.sequence_id)
-            self._outbox.put(FailedEvent(id=ticket.command.id, code="worker_failed", message="a step failed"))
-            self._forget(ticket)
+            self._fail(ticket, "worker_failed", "a step failed")
         self._report(None)
+
+    def _fail(self, ticket: Ticket, code: str, message: str) -> None:
+        for choice in ticket.choices:
+            self._engine.cancel(choice.sequence_id)
+        self._outbox.put(FailedEvent(id=ticket.command.id, code=code, message=message))
+        self._forget(ticket)
 
     def _report(self, last: StepStatsLike | None) -> None:
         """What the step did, or with None only the state that commands left behind."""

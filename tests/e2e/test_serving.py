@@ -71,28 +71,49 @@ def test_stop_strings_cut_streams_and_wholes_alike(server: RunningServer) -> Non
     assert whole["usage"]["completion_tokens"] < 24
 
 
-def test_sixteen_mixed_requests_at_once(server: RunningServer) -> None:
-    before = server.metric("mmtad_generation_tokens_total")
+def leave_early(server: RunningServer, **fields: Any) -> None:
+    """Start a stream, take its first event, and go."""
+    body = {"model": "tiny", "stream": True, **fields}
+    with server.client() as client, client.stream("POST", "/v1/completions", json=body) as response:
+        lines = response.iter_lines()
+        assert next(lines).startswith("data: ")
+
+
+def test_sixteen_mixed_requests_get_what_they_get_alone(server: RunningServer) -> None:
+    """Guards against neighbours, joins, leaves and cancellations that reach another request's text."""
     requests: list[dict[str, Any]] = [
         {
             "speculative": {"method": METHODS[number % 5], "num_speculative_tokens": 1 + number % 4},
-            "prompt": "word " * (1 + 3 * number),
-            "max_tokens": 8 + 2 * number,
+            "prompt": "word " * (1 + 2 * number),
+            "max_tokens": 5 + 295 * number // 15,
             "temperature": number % 3 / 2,
-            "n": 1 + number % 2,
+            "n": 1 + (number == 3),
             "ignore_eos": True,
             "seed": number,
         }
         for number in range(16)
     ]
+    leavers = (9, 11, 13, 14)
+    before = server.metric("mmtad_generation_tokens_total")
+    aborted = server.metric("mmtad_requests_total", finish_reason="abort")
     with ThreadPoolExecutor(16) as executor:
-        results = list(executor.map(lambda fields: complete(server, **fields), requests))
-    for fields, result in zip(requests, results, strict=True):
+        together = [
+            executor.submit(leave_early if number in leavers else complete, server, **fields)
+            for number, fields in enumerate(requests)
+        ]
+    results = {number: future.result() for number, future in enumerate(together)}
+    until(lambda: server.metric("mmtad_requests_total", finish_reason="abort") == aborted + 4, 10)
+    until(lambda: server.metric("mmtad_requests_running") == 0, 10)
+    delivered = 0
+    for number, fields in enumerate(requests):
+        if number in leavers:
+            continue
+        result = results[number]
         assert [choice["finish_reason"] for choice in result["choices"]] == ["length"] * fields["n"]
         assert result["usage"]["completion_tokens"] == fields["n"] * fields["max_tokens"]
-    total = sum(result["usage"]["completion_tokens"] for result in results)
-    assert server.metric("mmtad_generation_tokens_total") - before == total
-    assert server.metric("mmtad_requests_running") == 0
+        assert result["choices"] == complete(server, **fields)["choices"], fields
+        delivered += 2 * result["usage"]["completion_tokens"]
+    assert server.metric("mmtad_generation_tokens_total") - before > delivered  # and what the leavers got
 
 
 def test_openai_client(server: RunningServer) -> None:

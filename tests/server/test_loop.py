@@ -131,6 +131,32 @@ def test_a_broken_step_fails_its_rows_and_the_loop_goes_on() -> None:
         assert isinstance(link.answer()[1], FinishedEvent)
 
 
+class OneRowBreaks(ScriptedEngine):
+    """The row of one sequence gives values that are not numbers, in its first step."""
+
+    def step(self) -> list[SequenceOutput]:
+        outputs = super().step()
+        for index, output in enumerate(outputs):
+            if output.id == "a/0":
+                self.cancel(output.id)
+                outputs[index] = SequenceOutput(output.id, [], [], finish_reason=FinishReason.ERROR)
+        return outputs
+
+
+def test_a_row_that_is_not_finite_fails_its_command_alone() -> None:
+    """Guards against a 200 whose choice ended as `error`, and against rows left behind."""
+    engine = OneRowBreaks()
+    with running(engine) as link:
+        engine.gate.clear()
+        link.send(generate("a", n=2), generate("b"))
+        engine.gate.set()
+        ends = {end.id: end for end in (link.answer()[1] for _ in "ab")}
+        assert isinstance(failed := ends["a"], FailedEvent)
+        assert failed.code == "numerical_error"
+        assert isinstance(ends["b"], FinishedEvent)
+        assert not engine.has_work()
+
+
 def test_cancel_frees_the_rows_and_counts_what_was_delivered() -> None:
     engine = ScriptedEngine(hold_after=1)
     with running(engine) as link:
