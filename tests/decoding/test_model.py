@@ -9,6 +9,7 @@ from torch import Tensor
 
 from decoding.model import CausalModel
 from decoding.token_tree import TokenTree
+from tests.decoding.checkpoints import VOCAB_SIZE, random_model
 from tests.decoding.test_token_tree import random_tree, walk
 from tests.decoding.tiny import VOCAB, causal, make_pair, plain, tiny_gpt2, tiny_llama
 
@@ -63,6 +64,19 @@ def test_proof_05_tree_row_equals_its_chain(model: CausalModel, seed: int) -> No
         for node in range(tree.num_nodes):
             path = [int(tree.token_ids[row, each]) for each in walk(parents[row], node)]
             close(logits[row, node], plain(model, prompt + path)[-1])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_window_narrower_than_the_tree_goes_by_position(seed: int) -> None:
+    """A node's column lies behind its position: a window counted in columns would see too far."""
+    model = causal(random_model("mistral", sliding_window=2), vocab_size=VOCAB_SIZE)
+    lengths = prefilled(model)
+    tree, parents = tree_of(random.Random(seed))
+    logits = model.forward(ROWS, lengths, tree).log_softmax(-1)
+    for row, prompt in enumerate(PROMPTS):
+        for node in range(tree.num_nodes):
+            path = [int(tree.token_ids[row, each]) for each in walk(parents[row], node)]
+            torch.testing.assert_close(logits[row, node], plain(model, prompt + path)[-1], rtol=0, atol=1e-4)
 
 
 def test_level_by_level_equals_the_whole_tree(model: CausalModel) -> None:
