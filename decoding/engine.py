@@ -9,10 +9,11 @@ from typing import Any
 import torch
 
 from decoding.batch import Batch, sequence_end_ids
+from decoding.config import Preset
 from decoding.host import to_host
 from decoding.methods import METHODS_BY_NAME
 from decoding.model import CausalModel, ModelPair
-from decoding.rows import Preset, RowTable
+from decoding.rows import RowTable
 from decoding.sequence import FinishReason, Sequence, SequenceOutput
 
 PREFILL_CHUNK = 256
@@ -116,7 +117,7 @@ class Engine:
         if group is not None:
             outputs += self._decode(*group)
         self.last_step = StepStats(
-            method=group[0][0] if group else None,
+            method=group[0].method if group else None,
             num_sequences=group[1].stop - group[1].start if group else 0,
             num_tree_nodes=max((output.num_draft_nodes for output in outputs), default=0),
             prefill_tokens=prefill_tokens,
@@ -209,7 +210,7 @@ class Engine:
         if batch is None:
             batch = Batch.of(sequences, rows, self.pair.eos_token_ids, self.pair.vocab_size, self.pair.device)
             self._batches[preset] = batch
-        step = METHODS_BY_NAME[preset[0]].step(self.pair, batch)
+        step = METHODS_BY_NAME[preset.method].step(self.pair, batch)
         values = to_host(step.packed())
         outputs = [
             self._deliver(sequence, row_values, step.num_nodes)

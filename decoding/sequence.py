@@ -34,6 +34,13 @@ class SamplingParams:
     seed: int = 0
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    min_tokens: int = 0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    num_top_log_probs: int = 0
+    prompt_log_probs: bool = False
 
     def __post_init__(self) -> None:
         if self.max_tokens < 0:
@@ -48,6 +55,23 @@ class SamplingParams:
             raise ValueError("min_p must be between 0 and 1")
         if not -(2**63) <= self.seed < 2**63:
             raise ValueError("seed must be a 64-bit signed integer")
+        if self.min_tokens < 0:
+            raise ValueError("min_tokens must be 0 or more")
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name} must be finite")
+        if not 0 < self.repetition_penalty < math.inf:
+            raise ValueError("repetition_penalty must be finite and above 0")
+        if not all(math.isfinite(bias) for _, bias in self.logit_bias):
+            raise ValueError("logit_bias must hold finite values")
+        if self.num_top_log_probs < 0:
+            raise ValueError("num_top_log_probs must be 0 or more")
+
+    @property
+    def adjusts_logits(self) -> bool:
+        """Whether anything changes the logits before temperature."""
+        penalties = (self.presence_penalty, self.frequency_penalty, self.repetition_penalty - 1)
+        return bool(self.logit_bias) or self.min_tokens > 0 or any(penalties)
 
     @property
     def greedy(self) -> bool:

@@ -11,22 +11,19 @@ from decoding.acceptance import recursive_rejection_sample
 from decoding.batch import Batch
 from decoding.methods.step import DecodeStep, collect
 from decoding.model import CausalModel, ModelPair
-from decoding.sampler import Draw, gumbel, sample, to_log_probs, uniforms
+from decoding.sampler import Draw, gumbel, sample, uniforms
 from decoding.token_tree import TokenTree, gather_at
 
 
 class MultiCandidate:
     """`candidates_per_level` children of every node, tried one after the other down the tree."""
 
-    def __init__(self, *, replacement: bool = False) -> None:
-        self.replacement = replacement
-
     def step(self, pair: ModelPair, batch: Batch) -> DecodeStep:
         assert pair.draft is not None
         lengths, streams = batch.lengths, batch.streams()
         tree, draft_log_probs = self._propose(pair.draft, batch, streams)
         logits = pair.target.forward(batch.rows, lengths, tree)
-        target_log_probs = to_log_probs(logits, batch.sampling, point_mass=True)
+        target_log_probs = batch.log_probs(logits, tree, point_mass=True)
         node, law = self._descend(tree, batch, streams, target_log_probs, draft_log_probs)
         path = tree.path(node, batch.depth)
         next_ids = sample(law, uniforms(streams, Draw.NEXT))
@@ -37,15 +34,16 @@ class MultiCandidate:
 
     def _propose(self, draft: CausalModel, batch: Batch, streams: Tensor) -> tuple[TokenTree, Tensor]:
         """The tree, and q at every node that has children, `[rows, inner nodes, vocab]`."""
-        sizes = level_sizes(batch.candidates)
+        sizes = level_sizes(batch.preset.candidates)
         tree = TokenTree.of_roots(batch.roots, sum(sizes))
         logits = draft.catch_up(batch.rows, batch.lengths, batch.last_tokens)[:, None]
         laws, parent = [], 0
-        for depth, children in enumerate(batch.candidates, start=1):
+        for depth, children in enumerate(batch.preset.candidates, start=1):
             first, size = parent + sizes[depth - 1], sizes[depth]
             if depth > 1:
                 logits = draft.forward(batch.rows, batch.lengths, tree, first=parent, count=sizes[depth - 1])
-            log_probs = to_log_probs(logits, batch.sampling, point_mass=False)
+            tree.note_finite(logits)
+            log_probs = batch.log_probs(logits, tree, parent, point_mass=False)
             parents = torch.arange(parent, first, device=streams.device).expand(len(streams), -1)
             token_ids = self._children(log_probs, batch, streams, depth, parents, children)
             scores = log_probs.gather(2, token_ids).flatten(1).double()
@@ -70,9 +68,10 @@ class MultiCandidate:
         if batch.sampling.all_greedy:
             return best
         stream, node = streams[:, None, None], parents[:, :, None]
-        if self.replacement:
+        if batch.preset.replacement:
             place = torch.arange(count, device=parents.device)
-            drawn = sample(log_probs[:, :, None], uniforms(stream, Draw.CHAIN, depth, node, place))
+            chances = uniforms(stream, Draw.CHAIN, depth, node, place)
+            drawn = torch.stack([sample(log_probs, each) for each in chances.unbind(-1)], dim=-1)
         else:
             token = torch.arange(log_probs.shape[-1], device=parents.device)
             noise = gumbel(uniforms(stream, Draw.CHAIN, depth, node, token))
@@ -83,11 +82,11 @@ class MultiCandidate:
         self, tree: TokenTree, batch: Batch, streams: Tensor, target_log_probs: Tensor, draft_log_probs: Tensor
     ) -> tuple[Tensor, Tensor]:
         """The deepest accepted node `[rows]` and the law of the token behind it, `[rows, vocab]` in logs."""
-        limits, sizes = batch.limits(), level_sizes(batch.candidates)
+        limits, sizes = batch.limits(), level_sizes(batch.preset.candidates)
         node = place = torch.zeros_like(limits)
         law, going = target_log_probs[:, 0], torch.ones_like(limits, dtype=torch.bool)
         first = 0
-        for depth, children in enumerate(batch.candidates, start=1):
+        for depth, children in enumerate(batch.preset.candidates, start=1):
             first += sizes[depth - 1]
             tries = torch.arange(children, device=node.device)
             nodes = first + place[:, None] * children + tries
@@ -97,7 +96,7 @@ class MultiCandidate:
                 law,
                 gather_at(draft_log_probs, node.clamp(max=draft_log_probs.shape[1] - 1)),
                 uniforms(streams[:, None], Draw.ACCEPT, depth, node[:, None], tries),
-                replacement=self.replacement,
+                replacement=batch.preset.replacement,
             )
             tried = going & (depth <= limits)
             going = tried & (accepted >= 0)

@@ -54,13 +54,14 @@ def joint_step(
     """
     limits = batch.limits()
     logits = pair.target.forward(batch.rows, batch.lengths, tree)
-    log_probs = to_log_probs(logits, batch.sampling, point_mass=False)
+    adjusted = batch.adjusted(logits, tree)
+    log_probs = to_log_probs(adjusted, batch.sampling, point_mass=False)
     joint = tree.joint(_conditional(tree, log_probs))
     node = longest_joint_prefix(
         tree, joint, _reference(tree, batch, log_probs, final_nodes, limits), batch.log_thresholds, limits
     )
     path = tree.path(node, batch.depth)
-    next_log_probs = to_log_probs(gather_at(logits, node)[:, None], batch.sampling, point_mass=True)[:, 0]
+    next_log_probs = to_log_probs(gather_at(adjusted, node)[:, None], batch.sampling, point_mass=True)[:, 0]
     next_ids = sample(next_log_probs, uniforms(batch.streams(), Draw.NEXT))
     num_accepted = gather_at(tree.depths, node)
     step = collect(batch, tree, path, logits, num_accepted, next_ids, ended=gather_at(tree.ended, node))
@@ -104,7 +105,7 @@ def single_step(model: CausalModel, batch: Batch) -> DecodeStep:
     """One token for every row from one model's pass over its roots."""
     tree = TokenTree.of_roots(batch.roots, 1)
     logits = model.forward(batch.rows, batch.lengths, tree)
-    log_probs = to_log_probs(logits, batch.sampling, point_mass=True)[:, 0]
+    log_probs = batch.log_probs(logits, tree, point_mass=True)[:, 0]
     next_ids = sample(log_probs, uniforms(batch.streams(), Draw.NEXT))
     nothing = torch.zeros_like(next_ids)
     return collect(batch, tree, tree.parents[:, :0], logits, nothing, next_ids)
