@@ -105,9 +105,7 @@ class Batch:
         """Logits `[rows, nodes, vocab]` of nodes `first` onwards with each row's bias and penalties."""
         return logits if self.adjustments is None else self.adjustments.apply(logits, tree, first)
 
-    def log_probs(
-        self, logits: Tensor, tree: TokenTree, first: int = 0, *, point_mass: bool
-    ) -> Tensor:
+    def log_probs(self, logits: Tensor, tree: TokenTree, first: int = 0, *, point_mass: bool) -> Tensor:
         """The law at nodes `first` onwards after all of each row's transforms, as `to_log_probs`."""
         return to_log_probs(self.adjusted(logits, tree, first), self.sampling, point_mass=point_mass)
 

@@ -1,6 +1,7 @@
 """What is known of one sequence: its tokens, its sampling parameters, how it ends."""
 
 import math
+from collections.abc import Sequence as Series
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -114,11 +115,29 @@ class Sequence:
         return ids[max(len(ids) - 2, 0)], ids[-1]
 
 
+TopLogProbs = tuple[tuple[int, float], ...]  # token ids with their log-probabilities, best first
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogProb:
+    """One token's log-probability in nats, and the likeliest tokens at its place."""
+
+    log_prob: float
+    top: TopLogProbs
+
+
+def top_log_probs(token_ids: Series[float], log_probs: Series[float]) -> TopLogProbs:
+    """Pair numbers as they come from the device."""
+    return tuple((int(token_id), value) for token_id, value in zip(token_ids, log_probs, strict=True))
+
+
 @dataclass(frozen=True, slots=True)
 class SequenceOutput:
     """What one engine step delivered for one sequence.
 
-    `log_probs` are in nats, of the untransformed target (for `draft`, of the draft).
+    `log_probs` are in nats, of the untransformed target (for `draft`, of the draft); `top_log_probs`
+    the likeliest tokens at each place, where they were asked for. `prompt_log_probs`, of the prompt
+    from its second token on, come with the first output of a sequence that asked for them.
     `num_draft_tokens` is the depth proposed, `num_accepted_tokens` what the rule accepted, before
     truncation at an end: the first tokens of the step, the rest are the target's own.
     """
@@ -131,3 +150,5 @@ class SequenceOutput:
     num_draft_tokens: int = 0
     num_draft_nodes: int = 0
     num_accepted_tokens: int = 0
+    top_log_probs: list[TopLogProbs] | None = None
+    prompt_log_probs: list[TokenLogProb] | None = None

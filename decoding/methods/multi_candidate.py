@@ -79,7 +79,12 @@ class MultiCandidate:
         return torch.where(batch.sampling.greedy[:, None, None], best, drawn)
 
     def _descend(
-        self, tree: TokenTree, batch: Batch, streams: Tensor, target_log_probs: Tensor, draft_log_probs: Tensor
+        self,
+        tree: TokenTree,
+        batch: Batch,
+        streams: Tensor,
+        target_log_probs: Tensor,
+        draft_log_probs: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """The deepest accepted node `[rows]` and the law of the token behind it, `[rows, vocab]` in logs."""
         limits, sizes = batch.limits(), level_sizes(batch.preset.candidates)
