@@ -91,9 +91,18 @@ class Adjustments:
         )
         self.num_outputs = self.num_outputs + num_tokens
 
+    def check_integrity(self, sequences: Series[Sequence]) -> None:
+        """Assert that what was counted step by step is what `sequences` hold."""
+        fresh = Adjustments.of(sequences, self.end_ids, self.bias.shape[1], self.bias.device)
+        assert fresh is not None
+        assert torch.equal(self.output_counts, fresh.output_counts)
+        assert torch.equal(self.num_outputs, fresh.num_outputs)
+
     def _without_early_ends(self, logits: Tensor, depths: Tensor) -> Tensor:
         too_early = self.num_outputs[:, None] + depths + 1 <= self.min_tokens[:, None]
-        banned = too_early[:, :, None] & (self.end_ids >= 0)[:, None, :]
-        index = self.end_ids.clamp(min=0)[:, None, :].expand_as(banned)
+        # A stop id may lie outside the vocabulary, where it never comes up.
+        known = (self.end_ids >= 0) & (self.end_ids < logits.shape[-1])
+        banned = too_early[:, :, None] & known[:, None, :]
+        index = self.end_ids.where(known, 0)[:, None, :].expand_as(banned)
         kept = logits.gather(2, index)
         return logits.scatter_reduce(2, index, kept.masked_fill(banned, -math.inf), "amin")

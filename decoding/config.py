@@ -15,7 +15,7 @@ ACCEPTANCES: tuple[str, ...] = get_args(Acceptance)
 MAX_SPECULATIVE_TOKENS = 16
 MAX_BEAM_WIDTH = 16
 MAX_TREE_NODES = 64  # beam_width * num_speculative_tokens, root apart
-MAX_CANDIDATES = 16  # per level; their product is bounded by MAX_TREE_NODES
+MAX_CANDIDATES = 16  # per level; the nodes of all levels are bounded by MAX_TREE_NODES
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,9 +94,10 @@ class DecodingConfig:
             all(1 <= each <= MAX_CANDIDATES for each in candidates),
             f"candidates_per_level must hold numbers between 1 and {MAX_CANDIDATES}",
         )
+        nodes = Preset("multi_candidate", len(candidates), candidates=candidates).num_nodes - 1
         _require(
-            math.prod(candidates) <= MAX_TREE_NODES,
-            f"candidates_per_level must have a product of at most {MAX_TREE_NODES}",
+            nodes <= MAX_TREE_NODES,
+            f"candidates_per_level must give a tree of at most {MAX_TREE_NODES} nodes, not {nodes}",
         )
 
     @property

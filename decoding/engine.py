@@ -1,10 +1,10 @@
 """The batched engine: sequences join and leave between steps; a step decodes one group of rows."""
 
+import math
 import time
 from collections import deque
 from collections.abc import Sequence as Series
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -95,6 +95,7 @@ class Engine:
         """Forget a sequence wherever it is; its row is free on return. False if it is not known."""
         row = self._rows.find(sequence_id)
         if row is not None:
+            self._prompt_log_probs.pop(sequence_id, None)
             self._clear(row)
             self._remove([row])
             return True
@@ -139,6 +140,8 @@ class Engine:
             )
             expected = [[s.num_cached, s.num_steps, s.remaining, *s.last_tokens()] for s in sequences]
             assert to_host(state) == expected, (state, expected)
+            if batch.adjustments is not None:
+                batch.adjustments.check_integrity(sequences)
 
     def _validate(self, sequence: Sequence) -> None:
         if self._known(sequence.id):
@@ -147,6 +150,10 @@ class Engine:
             raise ValueError("prompt_ids must hold at least one token")
         if not 0 <= min(sequence.prompt_ids) <= max(sequence.prompt_ids) < self.pair.vocab_size:
             raise ValueError(f"prompt_ids must lie between 0 and {self.pair.vocab_size - 1}")
+        if not all(0 <= token_id < self.pair.vocab_size for token_id, _ in sequence.params.logit_bias):
+            raise ValueError(f"logit_bias must name token ids between 0 and {self.pair.vocab_size - 1}")
+        if sequence.params.num_top_log_probs > self.pair.vocab_size:
+            raise ValueError(f"num_top_log_probs must be at most {self.pair.vocab_size}")
         if len(sequence.prompt_ids) + sequence.params.max_tokens > self.pair.max_model_len:
             raise ValueError(f"max_tokens and the prompt must fit {self.pair.max_model_len} tokens together")
         if sequence.config.uses_draft and not self.pair.has_draft:
@@ -241,6 +248,10 @@ class Engine:
             prompt_log_probs=prompt_log_probs,
         )
 
+    def _clear(self, row: int) -> None:
+        for model in self._models:
+            model.cache.clear_row(row)
+
     def _remove(self, rows: Series[int]) -> None:
         for row in sorted(rows, reverse=True):
             self._rows.remove(row)
@@ -250,6 +261,8 @@ class Engine:
 
 def _empty(sequence: Sequence, prompt_log_probs: list[TokenLogProb] | None) -> SequenceOutput:
     """The output of a sequence that asked for no tokens."""
+    if any(math.isnan(each.log_prob) for each in prompt_log_probs or ()):
+        return SequenceOutput(sequence.id, [], [], finish_reason=FinishReason.ERROR)
     return SequenceOutput(
         sequence.id, [], [], finish_reason=FinishReason.LENGTH, prompt_log_probs=prompt_log_probs
     )

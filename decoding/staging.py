@@ -22,8 +22,8 @@ class Staging:
         self._row = row
         self._chunk = chunk
         self._token_ids: list[int] = []
-        self._scores: list[TokenLogProb] | None = None
-        self._scored_by: tuple[int, int] | None = None
+        self._scores: list[TokenLogProb] = []
+        self._scored: Sequence | None = None
 
     def ready(self, sequence: Sequence) -> bool:
         """Whether the row holds all that `sequence` must have cached; else it is emptied of other prompts."""
@@ -39,27 +39,28 @@ class Staging:
         chunk = self._token_ids[start : start + self._chunk]
         for model in models:
             if model.cache.lengths[self._row] == start:
-                scored = self._scores is not None and model is self._models[_scoring_role(sequence)]
-                logits = model.prefill(self._row, chunk, keep=len(chunk) if scored else 1)
-                if scored:
-                    self._score(logits, sequence, start)
+                scored = self._scored
+                if scored is None or model is not self._models[_scoring_role(scored)]:
+                    model.prefill(self._row, chunk)
+                else:
+                    self._score(model.prefill(self._row, chunk, keep=len(chunk)), scored, start)
         return len(chunk)
 
     def prompt_log_probs(self, sequence: Sequence) -> list[TokenLogProb] | None:
         """Log-probs of the prompt's tokens from the second on, None if they were not asked for."""
-        return list(self._scores or []) if sequence.params.prompt_log_probs else None
+        return list(self._scores) if sequence.params.prompt_log_probs else None
 
     def _begin(self, sequence: Sequence, cached: list[int]) -> None:
         self._token_ids = cached
-        self._scores = [] if sequence.params.prompt_log_probs else None
-        self._scored_by = _scoring_key(sequence)
+        self._scores = []
+        self._scored = sequence if sequence.params.prompt_log_probs else None
         for model in self._models:
-            model.cache.lengths[self._row] = 0
+            model.cache.clear_row(self._row)
 
     def _scores_fit(self, sequence: Sequence) -> bool:
         if not sequence.params.prompt_log_probs:
             return True
-        return self._scores is not None and self._scored_by == _scoring_key(sequence)
+        return self._scored is not None and _scoring_key(self._scored) == _scoring_key(sequence)
 
     def _pending(self, sequence: Sequence) -> list[CausalModel]:
         used = (sequence.config.uses_target, sequence.config.uses_draft)
@@ -71,11 +72,10 @@ class Staging:
 
     def _score(self, logits: Tensor, sequence: Sequence, start: int) -> None:
         """Add the scores of the tokens that follow those of a chunk, `logits` `[chunk, vocab]`."""
-        assert self._scores is not None
         following = sequence.prompt_ids[start + 1 : start + 1 + len(logits)]
         logits = logits[: len(following)]
         log_probs = logits.log_softmax(-1)
-        chosen = torch.tensor(following, device=logits.device)[:, None]
+        chosen = torch.tensor(following, dtype=torch.long, device=logits.device)[:, None]
         num_top = sequence.params.num_top_log_probs
         best = log_probs.topk(num_top, dim=-1)
         parts = (log_probs.gather(1, chosen), best.indices, best.values)
@@ -90,5 +90,6 @@ def _scoring_role(sequence: Sequence) -> int:
     return 0 if sequence.config.uses_target else 1
 
 
-def _scoring_key(sequence: Sequence) -> tuple[int, int]:
-    return _scoring_role(sequence), sequence.params.num_top_log_probs
+def _scoring_key(sequence: Sequence) -> tuple[int, int, list[int]]:
+    # The prompt's last token is scored but not cached, so equal cached tokens do not make equal scores.
+    return _scoring_role(sequence), sequence.params.num_top_log_probs, sequence.prompt_ids
