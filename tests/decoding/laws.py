@@ -6,11 +6,13 @@ from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Series
 from typing import Any
 
+import torch
+
 from decoding import SamplingParams, Sequence
 from decoding.batch import sequence_end_ids
 from decoding.model import CausalModel
 from tests.decoding.test_sampler import transformed
-from tests.decoding.tiny import plain
+from tests.decoding.tiny import stock
 
 Logits = Callable[[list[int]], list[float]]  # of the token after a text
 
@@ -111,13 +113,15 @@ def likeliest_block(
 
 
 def of_model(model: CausalModel) -> Logits:
-    """The plain forward of a model, remembered by text."""
+    """The logits of a model's plain forward, remembered by text: a repetition penalty knows their sign."""
     known: dict[tuple[int, ...], list[float]] = {}
 
     def logits(text: list[int]) -> list[float]:
         key = tuple(text)
         if key not in known:
-            known[key] = plain(model, text)[-1].tolist()
+            with torch.inference_mode():
+                output = stock(model)(input_ids=torch.tensor([text]), use_cache=False)
+            known[key] = output.logits[0, -1, : model.vocab_size].tolist()
         return known[key]
 
     return logits

@@ -14,7 +14,7 @@ from tests.decoding.tiny import drain, generate, llama_pair, make_pair, plain, r
 PROMPT = [3, 8, 1, 4, 9, 2, 2, 7, 5, 6]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def pair() -> ModelPair:
     return llama_pair()
 
