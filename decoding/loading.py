@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 from decoding.embedded import OUTPUT_HEAD_FILE
 from decoding.errors import ModelLoadError
@@ -92,7 +92,8 @@ def load_model_pair(
     for module, head in zip(modules, heads, strict=True):
         output_ids = None if head is None else head.token_ids
         if output_ids is not None:
-            _check_output_ids(output_ids, vocab_size, _special_ids(modules[0], tokenizers[0]))
+            special_ids = {*tokenizers[0].all_special_ids, *_eos_token_ids(modules[0], tokenizers[0])}
+            _check_output_ids(output_ids, vocab_size, special_ids)
         shares.append(apply_float16_linear(module) if precision.float16_linear else 0.0)
         rows = max(max_num_seqs + 1, PROBE_ROWS)
         models.append(_serve(module, rows, context, vocab_size, place, output_ids))
@@ -213,10 +214,6 @@ def _check_vocabulary(target: PreTrainedTokenizerBase, draft: PreTrainedTokenize
             "the draft's vocabulary differs from the target's (token ids or special ids); "
             "use a draft trained with the target's tokenizer, or serve the target alone"
         )
-
-
-def _special_ids(module: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    return {*tokenizer.all_special_ids, *_eos_token_ids(module, tokenizer)}
 
 
 def _check_output_ids(output_ids: Tensor, vocab_size: int, special_ids: set[int]) -> None:

@@ -55,7 +55,7 @@ def _replace_head(model: PreTrainedModel, weight: Tensor) -> None:
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     linear.weight = nn.Parameter(weight, requires_grad=False)
     model.config.tie_word_embeddings = False
-    model.set_output_embeddings(linear)
+    model.set_output_embeddings(linear)  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True, slots=True)
