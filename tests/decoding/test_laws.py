@@ -23,12 +23,8 @@ from tests.decoding.tiny import (
     scripted_pair,
 )
 
-EOS, ROOT, TEXTS, AT_ONCE = 0, 1, 3000, 250
+EOS, ROOT, TEXTS, AT_ONCE = 0, 1, 2000, 40
 TARGET, DRAFT = random_markov(5, 11, zeros=1), random_markov(5, 12, zeros=1)
-EXACT: dict[str, dict[str, Any]] = LOSSLESS | {
-    "target": {"method": "target"},
-    "mtjd W 1": {"method": "mtjd", "beam_width": 1},
-}
 TRANSFORMS: dict[str, dict[str, Any]] = {
     "none": {},
     "temperature and top-k": {"temperature": 2.0, "top_k": 3},
@@ -56,15 +52,22 @@ def sampled(pair: ModelPair, method: dict[str, Any], fields: dict[str, Any]) -> 
     return counts
 
 
-@pytest.mark.parametrize("fields", TRANSFORMS.values(), ids=TRANSFORMS)
-@pytest.mark.parametrize("method", EXACT.values(), ids=EXACT)
+CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    f"{method}: {name}": (LOSSLESS[method], TRANSFORMS[name]) for method in LOSSLESS for name in TRANSFORMS
+}
+for _name in ("none", "everything"):
+    CASES[f"target: {_name}"] = ({"method": "target"}, TRANSFORMS[_name])
+    CASES[f"mtjd W 1: {_name}"] = ({"method": "mtjd", "beam_width": 1}, TRANSFORMS[_name])
+
+
+@pytest.mark.parametrize(("method", "fields"), CASES.values(), ids=CASES)
 def test_proof_03_three_tokens_follow_p(
     method: dict[str, Any], fields: dict[str, Any], pair: ModelPair
 ) -> None:
-    """3,000 texts with EOS among the tokens; cells of expectation under 5 are merged.
+    """2,000 texts with EOS among the tokens; cells of expectation under 5 are merged.
 
     `target` and `mtjd` with W = 1 (proof 9) have the same law. Each case would fail for 1 in 10,000
-    sets of seeds, any of them for 6 in 1,000; the seeds are frozen.
+    sets of seeds, any of them for 4 in 1,000; the seeds are frozen.
     """
     law = text_law(of_chain(TARGET), [ROOT], SamplingParams(max_tokens=3, **fields), frozenset({EOS}))
     assert chi_square(sampled(pair, method, fields), law) > 1e-4
