@@ -9,6 +9,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from server import __version__
+from server.chat_schemas import ChatRequest, DetokenizeRequest, TokenizeRequest
 from server.config import ServerConfig
 from server.errors import (
     ApiError,
@@ -21,7 +22,7 @@ from server.metrics import Metrics
 from server.middleware import RequestMiddleware
 from server.pool import WorkerPool
 from server.report import system_fingerprint
-from server.routes import completions, models, probes
+from server.routes import chat, completions, models, probes, tokens
 from server.schemas import CompletionRequest
 
 
@@ -39,7 +40,7 @@ def create_app(config: ServerConfig, pool: WorkerPool | None = None) -> FastAPI:
     app.state.config = config
     app.state.pool = pool
     app.state.fingerprint = system_fingerprint(config)
-    for routes in (completions, models, probes):
+    for routes in (completions, chat, models, tokens, probes):
         app.include_router(routes.router)
     app.add_exception_handler(ApiError, handle_api_error)
     app.add_exception_handler(HTTPException, handle_http_exception)
@@ -66,10 +67,11 @@ def _document_bodies(app: FastAPI) -> None:
 
     def openapi() -> dict[str, Any]:
         document = generate()
-        schema = CompletionRequest.model_json_schema(ref_template="#/components/schemas/{model}")
         components = document.setdefault("components", {}).setdefault("schemas", {})
-        components.update(schema.pop("$defs", {}))
-        components[CompletionRequest.__name__] = schema
+        for body in (CompletionRequest, ChatRequest, TokenizeRequest, DetokenizeRequest):
+            schema = body.model_json_schema(ref_template="#/components/schemas/{model}")
+            components.update(schema.pop("$defs", {}))
+            components[body.__name__] = schema
         return document
 
     app.openapi = openapi  # type: ignore[method-assign]

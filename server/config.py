@@ -33,8 +33,9 @@ EMBEDDED_TARGET_ID = "SmolLM2-135M-Instruct"
 EMBEDDED_DRAFT_ID = f"{EMBEDDED_TARGET_ID}-draft"
 WORKER_LINK_FLAG = "--link-fd"
 
-MethodName = Literal["target", "draft", "speculative", "mtad", "mmtad"]
+MethodName = Literal["target", "draft", "speculative", "multi_candidate", "mtjd", "mtad", "mmtad"]
 AcceptanceReference = Literal["draft", "target"]
+Acceptance = Literal["token", "block"]
 
 
 class ConfigError(Exception):
@@ -52,6 +53,8 @@ class SpeculativeConfig(BaseModel):
     beam_width: int = DecodingConfig().beam_width
     acceptance_threshold: float = DecodingConfig().acceptance_threshold
     acceptance_reference: AcceptanceReference = DecodingConfig().acceptance_reference
+    acceptance: Acceptance = DecodingConfig().acceptance
+    candidates_per_level: tuple[int, ...] = DecodingConfig().candidates_per_level
 
 
 class ServerConfig(BaseSettings):
@@ -84,6 +87,7 @@ class ServerConfig(BaseSettings):
     max_num_queued_reqs: int = Field(default=256, ge=0, le=100_000)
     max_num_speculative_tokens: int = Field(default=MAX_SPECULATIVE_TOKENS, ge=1, le=MAX_SPECULATIVE_TOKENS)
     max_beam_width: int = Field(default=MAX_BEAM_WIDTH, ge=1, le=MAX_BEAM_WIDTH)
+    max_logprobs: int = Field(default=5, ge=0, le=20, description="Most 'logprobs' of a completion.")
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63, description="Seed of requests without one.")
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535)
@@ -105,10 +109,10 @@ class ServerConfig(BaseSettings):
             raise ValueError(
                 "--speculative-config.model needs --model: the embedded target has its own draft"
             )
-        if not self.has_draft and speculative.method not in (None, "target"):
+        if not self.has_draft and speculative.method not in (None, "target", "mtjd"):
             raise ValueError(
                 f"--speculative-config.method {speculative.method} needs a draft: "
-                "give --speculative-config.model, or use method target"
+                "give --speculative-config.model, or use method target or mtjd"
             )
         if not self.allow_unauthenticated and not is_loopback(self.host):
             raise ValueError(

@@ -77,6 +77,8 @@ def describe(pair: "ModelPair", load_seconds: float) -> ReadyEvent:
         device=str(pair.device),
         memory_bytes=pair.memory_bytes,
         load_seconds=load_seconds,
+        chat_template=pair.chat.template,
+        special_tokens=dict(pair.chat.special_tokens),
     )
 
 

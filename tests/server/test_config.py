@@ -120,7 +120,7 @@ def test_precedence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (["--speculative-config", "{"], ["--speculative-config", "JSON"]),
         (["--speculative-config", '{"beam": 1}'], ["--speculative-config.beam", "no such setting"]),
         (["--speculative-config", '{"beam_width": 17}'], ["--speculative-config", "beam_width", "16"]),
-        (["--speculative-config", '{"method": "mtjd"}'], ["--speculative-config.method", "mmtad"]),
+        (["--speculative-config", '{"method": "beam"}'], ["--speculative-config.method", "mmtad"]),
         (["--model", "t", "--speculative-config.method", "mtad"], ["--speculative-config.model", "draft"]),
         (["--speculative-config.model", "d"], ["--model"]),
         (["--served-model-name", ""], ["--served-model-name"]),

@@ -242,7 +242,7 @@ async def test_broken_stream_is_told_without_details(served: Served, monkeypatch
     def broken(*_: object) -> None:
         raise RuntimeError("secret details")
 
-    monkeypatch.setattr("server.text.ChoiceText.push", broken)
+    monkeypatch.setattr("server.choice_text.ChoiceText.push", broken)
     response = await served.complete(stream=True)
     check_error(response, 500, None, None)
     assert "secret" not in response.text
