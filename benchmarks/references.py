@@ -4,8 +4,9 @@ The engine's reference of the draft is `best`: the joint log q of the best final
 depth. `max` is the highest joint log q of all nodes at that depth, `own` that of the node itself.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -38,12 +39,6 @@ DRAFT_REFERENCES: dict[str, Reference] = {
 }
 
 
-@contextmanager
-def draft_reference(name: str) -> Iterator[None]:
+def draft_reference(name: str) -> AbstractContextManager[object]:
     """Within the context, `acceptance_reference: draft` means the draft reference `name`."""
-    served = step.best_reference  # type: ignore[attr-defined]
-    step.best_reference = DRAFT_REFERENCES[name]  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        step.best_reference = served  # type: ignore[attr-defined]
+    return patch.object(step, "best_reference", DRAFT_REFERENCES[name])

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import decode
-from benchmarks.generation import generate
+from benchmarks.generation import generate, score_all
 from benchmarks.judge import Judge
 from benchmarks.pairs import BenchPair
 from benchmarks.references import DRAFT_REFERENCES, draft_reference
@@ -89,6 +89,10 @@ class Sweep:
         )
         return {**describe(config), **self._judge.row(results)}
 
+    def named(self, reference: str | None, config: DecodingConfig) -> Row:
+        """What a configuration's line says before it is measured."""
+        return {**describe(config), "reference": reference, **self.labels}
+
     def line(self, reference: str | None, config: DecodingConfig) -> Row:
         """Measure one configuration; S is its speed over that of `target` in the same rounds."""
         with draft_reference(reference if reference in DRAFT_REFERENCES else "best"):
@@ -104,13 +108,13 @@ class Sweep:
                 lambda text: None,
             )
         speed = row["BE"] * plain.step_seconds / own.step_seconds
-        return {**row, "reference": reference, "S": speed, "spread": own.spread, **self.labels}
+        return {**row, **self.named(reference, config), "S": speed, "spread": own.spread}
 
     def baselines(self) -> Iterator[Row]:
         """Lines without speed: greedy, beam search, repetition, exact joint decoding."""
         texts = self._judge.reference
         for labels, results in decode.baselines(self._pair, self._task, self._params, texts, self._arguments):
-            decode.score_all(self._pair.pair, self._task.prompts, results)
+            score_all(self._pair.pair, self._task.prompts, results)
             yield {**labels, **self._judge.row(results), **self.labels}
 
 
@@ -121,11 +125,7 @@ def measure(
     sweep = Sweep(pair, task, params, arguments)
     wanted: list[tuple[str | None, DecodingConfig]] = [(None, config) for config in lossless()]
     wanted += list(grid(arguments.references))
-    missing = [
-        each
-        for each in wanted
-        if key({**describe(each[1]), "reference": each[0], **sweep.labels}) not in known
-    ]
+    missing = [each for each in wanted if key(sweep.named(*each)) not in known]
     if key({"method": "repetition", **sweep.labels}) not in known:
         yield from sweep.baselines()
     for number, (reference, config) in enumerate(missing, start=1):

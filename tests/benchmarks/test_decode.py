@@ -96,9 +96,8 @@ def test_the_whole_program_on_the_shipped_pair(capsys: pytest.CaptureFixture[str
     arguments += ["--depths", "2", "--widths", "2", "--temperatures", "1", "--max-tokens", "24"]
     document = decode.run(decode.parse_arguments(arguments), print)
     methods = [row["method"] for row in document["rows"]]
-    assert {"target", "spec. block", "mmtad", "greedy", "beam search", "repetition", "exact mtjd"} <= set(
-        methods
-    )
+    assert {"target", "spec. block", "mmtad"} <= set(methods)
+    assert {"greedy", "beam search", "repetition", "exact mtjd"} <= set(methods)
     target = document["rows"][0]
     assert target["S"] == pytest.approx(1, abs=1e-6)
     assert all(row["S"] > 0 for row in document["rows"] if "S" in row)
