@@ -6,9 +6,11 @@ from typing import Any
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 
 from server import __version__
+from server.auth import KeyMiddleware
 from server.chat_schemas import ChatRequest, DetokenizeRequest, TokenizeRequest
 from server.config import ServerConfig
 from server.errors import (
@@ -46,9 +48,24 @@ def create_app(config: ServerConfig, pool: WorkerPool | None = None) -> FastAPI:
     app.add_exception_handler(HTTPException, handle_http_exception)
     app.add_exception_handler(ClientGoneError, handle_client_gone)
     app.add_exception_handler(ClientDisconnect, handle_client_gone)
-    app.add_middleware(RequestMiddleware, metrics=pool.metrics)
+    _add_middleware(app, config, pool.metrics)
     _document_bodies(app)
     return app
+
+
+def _add_middleware(app: FastAPI, config: ServerConfig, metrics: Metrics) -> None:
+    """From the inside out: keys, the headers that browsers ask for, ids and counts."""
+    if config.key_digests:
+        app.add_middleware(KeyMiddleware, digests=config.key_digests)
+    if config.allowed_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=config.allowed_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id"],
+        )
+    app.add_middleware(RequestMiddleware, metrics=metrics)
 
 
 @contextlib.asynccontextmanager

@@ -1,12 +1,13 @@
 """What a response says about itself: usage and `metrics`, summed over its choices."""
 
 import hashlib
+import json
 from dataclasses import dataclass, field
 from typing import Any
 
 from server import __version__
 from server.admission import Job
-from server.config import ServerConfig, fingerprint_source
+from server.config import ServerConfig
 from server.logprobs import LOWEST_LOG_PROB
 from server.messages import GenerationStats, SpeculationStep
 from server.speculation import applied, drafts
@@ -15,6 +16,12 @@ from server.speculation import applied, drafts
 def system_fingerprint(config: ServerConfig) -> str:
     digest = hashlib.sha256(fingerprint_source(config).encode()).hexdigest()
     return f"mmtad-{__version__}-{digest[:8]}"
+
+
+def fingerprint_source(config: ServerConfig) -> str:
+    """What the hash in `system_fingerprint` stands for: all that decides what is generated."""
+    relevant = {"model", "speculative_config", "dtype", "device", "max_model_len", "seed"}
+    return json.dumps(config.model_dump(mode="json", include=relevant), sort_keys=True)
 
 
 def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:

@@ -116,6 +116,11 @@ def check_messages(messages: list[ChatMessage]) -> None:
         parts = message.content if isinstance(message.content, list) else []
         for part in parts:
             _refuse(part, PART_REFUSALS, "messages")
+            if part.type != "text":
+                raise unsupported("messages", "send parts of the type 'text' only")
+            if part.text is None:
+                message = "'messages' holds a part without 'text': give it one."
+                raise InvalidRequestError(message, code="invalid_value", param="messages")
 
 
 def describe(error: ErrorDetails) -> InvalidRequestError:
@@ -132,7 +137,8 @@ def describe(error: ErrorDetails) -> InvalidRequestError:
 
 def param_of(location: tuple[int | str, ...]) -> str | None:
     """The dotted path of the field, None for the whole body."""
-    names = [part for part in location if isinstance(part, str) and part not in UNION_TAGS]
+    parts = [part for part in location[:1] if isinstance(part, str)]
+    names = parts + [part for part in location[1:] if isinstance(part, str) and part not in UNION_TAGS]
     if not names:
         return None
     if names[0] in LIST_FIELDS:
@@ -180,7 +186,7 @@ def _other_rule(kind: str, context: dict[str, Any], param: str) -> tuple[str, st
             return "unknown_parameter", "is not a parameter of this endpoint: remove it"
         case "union_tag_invalid" | "union_tag_not_found":
             return "invalid_type", f"must be {expected}"
-        case "literal_error" if expected:
+        case "literal_error" if param == "speculative":
             return "invalid_type", f"must be {expected}"
         case "literal_error":
             return "invalid_value", f"must be one of {context['expected']}"

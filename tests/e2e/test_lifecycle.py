@@ -178,6 +178,19 @@ def test_huge_headers_are_refused(start: Start) -> None:
             assert client.get("/health").status_code == 200
 
 
+def test_keys_and_a_proxy_path(start: Start, tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("the-key\n")
+    with start("--api-key-file", str(keys), "--host", "0.0.0.0", "--root-path", "/llm") as server:
+        body = {"model": "tiny", "prompt": "x", "max_tokens": 2}
+        with server.client() as client:
+            assert client.post("/v1/completions", json=body).status_code == 401
+            headers = {"authorization": "Bearer the-key"}
+            assert client.post("/v1/completions", json=body, headers=headers).status_code == 200
+        assert server.stop() == 0
+        assert "the-key" not in server.log.read_text()
+
+
 def test_help_needs_no_models(tmp_path: Path) -> None:
     code, output, _ = run_to_end(["--help"], tmp_path)
     assert code == 0
