@@ -122,7 +122,7 @@ class Gatherer:
         """Shards 0 to `count`, loaded or made; if `timed`, those that time allows, one at least."""
         texts: list[Text] = []
         count = self._noted.get(name, count)
-        advance = self._meter(what, None if count is None else count * ROWS * self._num_tokens)
+        advance: Advance | None = None
         while count is None or len(texts) < count:
             path = self._folder / f"{name}-{len(texts):05}.npz"
             text = load_text(path, self._target.vocab_size) if path.is_file() else None
@@ -132,6 +132,8 @@ class Gatherer:
                         f"{what}: stopped at half of --minutes, {len(texts)} of its parts done"
                     )
                     break
+                missing = None if count is None else (count - len(texts)) * ROWS * self._num_tokens
+                advance = advance or self._meter(what, missing)
                 text = make(len(texts), advance)
                 text.save(path)
             texts.append(text)
@@ -140,13 +142,14 @@ class Gatherer:
 
     def _meter(self, what: str, most: int | None) -> Advance:
         """Shows progress as tokens are done; `most` is how many there will be, if that is known."""
-        started, done = time.monotonic(), 0
+        started, done, shard = time.monotonic(), 0, ROWS * self._num_tokens
 
         def advance(tokens: int) -> None:
             nonlocal done
             done += tokens
             seconds = time.monotonic() - started
-            left = self._seconds_left()
+            # A shard that was begun is finished.
+            left = max(self._seconds_left(), -done % shard * seconds / done)
             if most is not None:
                 left = min(left, (most - done) * seconds / done)
             self._progress.show(what, tokens=done, seconds=seconds, left=left)

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from decoding.embedded import OUTPUT_HEAD_FILE
 from scripts.distill.draft import Draft, head_of
@@ -44,23 +44,23 @@ def frequent_ids(text: Text, count: int, special_ids: list[int], vocab_size: int
 def write_draft(
     draft: Draft, tokenizer: PreTrainedTokenizerBase, output_ids: Tensor | None, folder: Path
 ) -> None:
-    """The checkpoint in float16, as `load_model_pair` reads it.
+    """The checkpoint in float16, as `load_model_pair` reads it; the draft itself is float16 from then on.
 
     A cut head lies in a file of its own, which other programs do not read: to them its absence shows.
     """
     folder.mkdir(parents=True, exist_ok=True)
     _remove_head(folder)
-    module = draft.module
-    state = {name: weight.half() for name, weight in module.state_dict().items()}
-    head = head_of(module)
+    # The configuration that is written names the module's own type.
+    module: PreTrainedModel = nn.Module.to(draft.module, torch.float16)
+    state, head = module.state_dict(), head_of(module)
     head_name = next(name for name, part in module.named_modules() if part is head) + ".weight"
     if output_ids is not None or module.config.tie_word_embeddings:
         state.pop(head_name, None)
     if output_ids is not None:
         module.config.tie_word_embeddings = False
-        _write_head(folder, {"output_ids": output_ids, "lm_head.weight": head.weight[output_ids].half()})
-    module.config.dtype = torch.float16
+        _write_head(folder, {"output_ids": output_ids, "lm_head.weight": head.weight[output_ids]})
     module.save_pretrained(folder, state_dict=state)
+    _make_readable(folder)
     tokenizer.save_pretrained(folder)
 
 
@@ -93,4 +93,10 @@ def _write_head(folder: Path, tensors: dict[str, Tensor]) -> None:
 
 def _save(tensors: dict[str, Tensor], path: Path) -> None:
     save_file(tensors, path, metadata={"format": "pt"})
-    path.chmod(0o644)  # safetensors writes for the owner only
+    _make_readable(path.parent)
+
+
+def _make_readable(folder: Path) -> None:
+    """For everyone: safetensors writes for the owner only, and an image is built and run by two users."""
+    for path in folder.glob("*.safetensors"):
+        path.chmod(0o644)

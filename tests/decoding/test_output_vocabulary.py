@@ -21,7 +21,7 @@ from decoding import (
     load_model_pair,
     loading,
 )
-from decoding.embedded import OUTPUT_HEAD_FILE
+from decoding.embedded import OUTPUT_HEAD_FILE, _draft_source
 from decoding.model import CausalModel
 from decoding.probe import probe_tree
 from tests.decoding.checkpoints import VOCAB_SIZE, save_checkpoint
@@ -185,6 +185,15 @@ def test_truncated_head_is_told(target: str, draft: Path) -> None:
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(ModelLoadError, match="cannot load its output_head.safetensors from "):
         load(target, draft)
+
+
+def test_shipped_cut_head_is_part_of_what_a_draft_is_made_from(draft: Path) -> None:
+    """Another map must not be served from the folder that an earlier one left in the cache."""
+    before = _draft_source(draft)
+    write_head(draft, {"output_ids": torch.tensor(SPECIAL_IDS)})
+    changed = _draft_source(draft)
+    (draft / OUTPUT_HEAD_FILE).unlink()
+    assert len({before, changed, _draft_source(draft)}) == 3
 
 
 def test_target_must_have_a_full_head(target: str, draft: Path) -> None:

@@ -88,7 +88,10 @@ def test_draft_learns_goes_on_and_is_served(settings: Settings, capsys: pytest.C
     card = (settings.output / "README.md").read_text()
     assert f"{second.end.acceptance:.3f}" in card
     assert str(settings.output.parent) not in card
-    assert "_name_or_path" not in (settings.output / "config.json").read_text()
+    config = json.loads((settings.output / "config.json").read_text())
+    assert config["dtype"] == "float16"
+    assert not [name for name in config if name.endswith("_name_or_path")]
+    assert {path.stat().st_mode & 0o777 for path in settings.output.glob("*.safetensors")} == {0o644}
 
 
 def test_finished_run_trains_no_more(settings: Settings) -> None:
