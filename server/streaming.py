@@ -17,6 +17,7 @@ from server.errors import ApiError, ClientGoneError, ServerError, error_response
 from server.generation import Generation
 
 KEEP_ALIVE_SECONDS = 15.0
+READER_SECONDS = 30.0
 KEEP_ALIVE = b": keep-alive\n\n"
 DONE = b"data: [DONE]\n\n"
 
@@ -97,6 +98,8 @@ async def _cancel(*tasks: "asyncio.Future[Any]") -> None:
 class EventStreamResponse(Response):
     """Sends a generation's chunks, a comment line in every silence, and stops when the client leaves.
 
+    A client that takes nothing for `READER_SECONDS` is as one that left.
+
     Nothing is sent before the first chunk or comment is due, so that an early failure still has its
     own status.
     """
@@ -129,6 +132,8 @@ class EventStreamResponse(Response):
             await self._send(send, DONE, more=False)
         except ApiError as error:
             await self._fail(scope, receive, send, error)
+        except TimeoutError:
+            log.warning("reader_too_slow", seconds=READER_SECONDS)
         except Exception:
             log.exception("stream_failed")
             await self._fail(scope, receive, send, ServerError())
@@ -141,7 +146,8 @@ class EventStreamResponse(Response):
             self._started = True
             start: Message = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
             await send(start)
-        await send({"type": "http.response.body", "body": body, "more_body": more})
+        async with asyncio.timeout(READER_SECONDS):
+            await send({"type": "http.response.body", "body": body, "more_body": more})
 
     async def _fail(self, scope: Scope, receive: Receive, send: Send, error: ApiError) -> None:
         """Before the first byte an answer of its own, after it an event and `[DONE]`."""

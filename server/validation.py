@@ -119,8 +119,8 @@ def check_messages(messages: list[ChatMessage]) -> None:
             if part.type != "text":
                 raise unsupported("messages", "send parts of the type 'text' only")
             if part.text is None:
-                message = "'messages' holds a part without 'text': give it one."
-                raise InvalidRequestError(message, code="invalid_value", param="messages")
+                reason = "'messages' holds a part without 'text': give it one."
+                raise InvalidRequestError(reason, code="invalid_value", param="messages")
 
 
 def describe(error: ErrorDetails) -> InvalidRequestError:
