@@ -117,7 +117,7 @@ def verified(tables: Tables, rule: str, limit: int) -> tuple[Tensor, float]:
 
 
 @pytest.mark.parametrize("limit", [0, 1, 2])
-@pytest.mark.parametrize(("vocab", "seed"), [(3, 0), (3, 1), (4, 2), (5, 3)])
+@pytest.mark.parametrize(("vocab", "seed"), [(3, 0), (3, 1), (3, 4), (4, 2), (4, 5), (5, 3)])
 @pytest.mark.parametrize("rule", VERIFIERS)
 def test_proof_03_chain_verification_follows_p_exactly(rule: str, vocab: int, seed: int, limit: int) -> None:
     """The whole law of depth 2 with zeros in p and q, to 1e-12.
