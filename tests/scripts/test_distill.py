@@ -250,12 +250,14 @@ def test_file_that_is_no_archive_is_told(settings: Settings, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("family", "message"), [("opt", ""), ("gemma2", "its head is more than one product")]
+    ("family", "message"),
+    [("qwen2", ""), ("gpt2", ""), ("opt", ""), ("gemma2", "its head is more than one product")],
 )
 def test_other_families(family: str, message: str, settings: Settings, tmp_path: Path) -> None:
     """A family is judged by what can be done with it, never by its name."""
     folder = tmp_path / family
-    random_model(family, num_hidden_layers=3, final_logit_softcapping=1.0).save_pretrained(folder)
+    changes = {"n_layer": 3} if family == "gpt2" else {"num_hidden_layers": 3, "final_logit_softcapping": 1.0}
+    random_model(family, **changes).save_pretrained(folder)
     save_tokenizer(folder)
     other = replace(settings, target=str(folder), minutes=0.01, tokens=100)
     if not message:
