@@ -1,234 +1,205 @@
 """Measure the engine alone: what each decoding method is worth on one pair, as rows and one JSON document.
 
-    python -m benchmarks.decode --prompts 40 --max-tokens 96
+    python -m benchmarks.decode --pair T
+    python -m benchmarks.decode --pair E --prompts 40 --max-tokens 96
 
-Every row names its method and numbers. Block efficiency is delivered tokens over target steps (for
-`draft`, over its own). The log-probability is the untransformed target's, nats per token, averaged per
-prompt; its difference to `target` on the same prompts comes with a paired 95 % interval. CPU seconds
-are those of the whole process during decoding, and a proxy for energy where no counter exists.
+BE is delivered tokens over target steps (for `draft`, over its own). The log-probability is the
+untransformed target's, nats per token, averaged per prompt; its difference to `target` on the same prompts
+comes with a paired 95 % interval. Speed is that of decoding steps with every row taken, methods in turn,
+median of the repeats; S, S_bound and S_free are explained in `benchmarks.cost`. CPU seconds are those of
+the whole process, and a proxy for energy. Texts are judged on all prompts, steps timed on the first few.
 """
 
 import argparse
 import json
-import platform
-import subprocess
 import sys
-import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
-import torch
-from transformers import PreTrainedTokenizerFast
+from benchmarks.baselines import beam_search, repetition
+from benchmarks.cost import CostTable, measure_costs, needed_passes, speed_up
+from benchmarks.exact import BLOCK, exact_mtjd
+from benchmarks.generation import Generation, generate, score_all
+from benchmarks.judge import Judge
+from benchmarks.methods import configurations
+from benchmarks.pairs import NAMES, BenchPair, load_pair
+from benchmarks.speed import Speed, measure_speed
+from benchmarks.table import describe, describe_speed, environment, header, line
+from benchmarks.tasks import Task, make_task
+from decoding import DecodingConfig, SamplingParams
 
-from benchmarks.workloads import WORKLOADS, chat_ids, load_prompts
-from decoding import (
-    DecodingConfig,
-    Engine,
-    ModelPair,
-    SamplingParams,
-    Sequence,
-    load_model_pair,
-    prepare_embedded_pair,
-)
-
-COLUMNS = (
-    ("method", "{method:<12}"),
-    ("temperature", "{temperature:>4}"),
-    ("depth", "{depth:>5}"),
-    ("width", "{width:>5}"),
-    ("reference", "{reference:<9}"),
-    ("tau", "{tau:>4}"),
-    ("block_efficiency", "{block_efficiency:>16.3f}"),
-    ("log_prob", "{log_prob:>8.4f}"),
-    ("difference", "{difference:>10.4f}"),
-    ("low", "{low:>8.4f}"),
-    ("high", "{high:>8.4f}"),
-    ("length", "{length:>6.1f}"),
-    ("ended", "{ended:>5.2f}"),
-    ("cpu_s_per_token", "{cpu_s_per_token:>15.5f}"),
-)
+MAX_EXACT_VOCABULARY = 128
+Row = dict[str, Any]
 
 
-@dataclass
-class Generation:
-    """What one prompt got: tokens, their log-probs, and the steps it took."""
-
-    token_ids: list[int] = field(default_factory=list)
-    log_probs: list[float] = field(default_factory=list)
-    num_steps: int = 0
-    ended: bool = False
-
-
-def configurations(depths: list[int], width: int, threshold: float) -> Iterator[DecodingConfig]:
-    """All methods, the reference first; both acceptance references where a method has one."""
-    yield DecodingConfig(method="target")
-    yield DecodingConfig(method="draft")
-    for depth in depths:
-        shared = {"num_speculative_tokens": depth, "beam_width": width, "acceptance_threshold": threshold}
-        yield DecodingConfig(method="speculative", num_speculative_tokens=depth)
-        for reference in ("draft", "target"):
-            yield DecodingConfig(method="mtad", acceptance_reference=reference, **shared)  # type: ignore[arg-type]
-        for reference in ("draft", "target"):
-            yield DecodingConfig(method="mmtad", acceptance_reference=reference, **shared)  # type: ignore[arg-type]
-
-
-def generate(
-    pair: ModelPair, prompts: list[list[int]], params: SamplingParams, config: DecodingConfig, batch: int
-) -> tuple[list[Generation], float]:
-    """Decode every prompt, `batch` rows at a time; returns the generations and CPU seconds."""
-    engine = Engine(pair, batch)
-    for index, prompt in enumerate(prompts):
-        engine.add(Sequence(str(index), prompt, params, config, choice=index))
-    results = [Generation() for _ in prompts]
-    started = time.process_time()
-    while engine.has_work():
-        for output in engine.step():
-            result = results[int(output.id)]
-            result.token_ids += output.token_ids
-            result.log_probs += output.log_probs
-            result.num_steps += 1
-            result.ended = output.finish_reason == "stop"
-    return results, time.process_time() - started
+def baselines(
+    pair: BenchPair,
+    task: Task,
+    params: SamplingParams,
+    texts: list[Generation],
+    arguments: argparse.Namespace,
+) -> Iterator[tuple[Row, list[Generation]]]:
+    """Rows that no method of the engine gives; `texts` are those of `target`."""
+    batch, ends = arguments.batch, pair.pair.eos_token_ids
+    if not params.greedy:
+        greedy = replace(params, temperature=0.0)
+        yield (
+            {"method": "greedy"},
+            generate(pair.pair, task.prompts, greedy, DecodingConfig("target"), batch)[0],
+        )
+    width = arguments.widths[0]
+    beams = beam_search(pair.folders[0], task.prompts, width=width, max_tokens=params.max_tokens, ends=ends)
+    yield {"method": "beam search", "width": width}, beams
+    yield {"method": "repetition"}, repetition(texts)
+    if pair.pair.vocab_size <= MAX_EXACT_VOCABULARY:
+        exact = exact_mtjd(pair.pair, task.prompts, params, batch)
+        yield {"method": "exact mtjd", "depth": BLOCK}, exact
 
 
-def score(pair: ModelPair, prompt: list[int], token_ids: list[int]) -> list[float]:
-    """The target's untransformed log-probabilities of `token_ids` after `prompt`, in one plain pass."""
-    pair.target.cache.lengths[0] = 0
-    logits = pair.target.prefill(0, prompt + token_ids[:-1], keep=len(token_ids))
-    pair.target.cache.lengths[0] = 0
-    chosen = torch.tensor(token_ids, device=logits.device)[:, None]
-    values: list[float] = logits.log_softmax(-1).gather(1, chosen)[:, 0].tolist()
-    return values
+def quality_rows(
+    pair: BenchPair,
+    task: Task,
+    params: SamplingParams,
+    configs: list[DecodingConfig],
+    arguments: argparse.Namespace,
+) -> Iterator[Row]:
+    """One row per configuration and baseline; all are compared with the first configuration."""
+    judge = Judge(task)
+    for config in configs:
+        results, _ = generate(pair.pair, task.prompts, params, config, arguments.batch)
+        if config.method == "draft":
+            score_all(pair.pair, task.prompts, results)
+        yield {**describe(config), **judge.row(results), "T": params.temperature}
+    for labels, results in baselines(pair, task, params, judge.reference, arguments):
+        score_all(pair.pair, task.prompts, results)
+        yield {**labels, **judge.row(results), "T": params.temperature}
 
 
-def paired_interval(values: list[float], reference: list[float]) -> tuple[float, float, float]:
-    """Mean difference and its 95 % interval over prompts (normal approximation)."""
-    differences = np.subtract(values, reference)
-    half = 1.96 * differences.std(ddof=1) / np.sqrt(len(differences))
-    mean = float(differences.mean())
-    return mean, float(mean - half), float(mean + half)
+def add_speed(rows: list[Row], configs: list[DecodingConfig], speeds: list[Speed], costs: CostTable) -> None:
+    """Put each configuration's speed into its row; rows without a configuration stand behind them."""
+    plain = speeds[0]
+    for row, config, speed in zip(rows, configs, speeds, strict=False):
+        values = speed_up(config, costs, row["BE"], speed.step_seconds, plain.step_seconds)
+        row |= {
+            "tokens_per_s": speed.tokens_per_s,
+            "spread": speed.spread,
+            "repeats": speed.repeats,
+            "step_ms": speed.step_seconds * 1e3,
+            "cpu_ms_per_token": speed.cpu_seconds_per_token * 1e3,
+            **describe_speed(values),
+        }
+
+
+def add_gap_shares(rows: list[Row]) -> None:
+    """What part each row reaches of the gain in log-probability of exact joint decoding over `target`."""
+    exact = next((row for row in rows if row["method"] == "exact mtjd"), None)
+    if exact is None or exact["difference"] == 0:
+        return
+    for row in rows:
+        row["gap_share"] = row["difference"] / exact["difference"]
 
 
 def measure(
-    pair: ModelPair,
-    prompts: list[list[int]],
-    params: SamplingParams,
-    configs: list[DecodingConfig],
-    batch: int,
-) -> Iterator[dict[str, Any]]:
-    """One row per configuration; the first is the reference of the differences."""
-    reference: list[float] = []
-    for config in configs:
-        results, cpu_seconds = generate(pair, prompts, params, config, batch)
-        if config.method == "draft":
-            for prompt, result in zip(prompts, results, strict=True):
-                result.log_probs = score(pair, prompt, result.token_ids)
-        log_probs = [float(np.mean(result.log_probs)) for result in results]
-        reference = reference or log_probs
-        yield row(config, params, results, log_probs, reference, cpu_seconds)
+    pair: BenchPair, task: Task, configs: list[DecodingConfig], arguments: argparse.Namespace
+) -> Iterator[tuple[list[Row], CostTable]]:
+    """The rows of each temperature, and the cost table measured with them."""
+    for temperature in arguments.temperatures:
+        params = SamplingParams(
+            arguments.max_tokens,
+            temperature,
+            top_k=arguments.top_k,
+            top_p=arguments.top_p,
+            seed=arguments.seed,
+        )
+        rows = []
+        for row in quality_rows(pair, task, params, configs, arguments):
+            progress(f"T {temperature}: {row['method']}, BE {row['BE']:.2f}, {row['log_prob']:.4f} nats")
+            rows.append(row)
+        timed = task.prompts[: arguments.timed_prompts]
+        context = int(task.prompt_length + rows[0]["length"] / 2)
+        costs = measure_costs(pair.pair, needed_passes(configs), batch=arguments.timed_batch, context=context)
+        progress(f"T {temperature}: costs {json.dumps(costs.as_json())}")
+        speeds = measure_speed(
+            pair.pair, timed, params, configs, arguments.timed_batch, arguments.repeats, progress
+        )
+        add_speed(rows, configs, speeds, costs)
+        add_gap_shares(rows)
+        yield rows, costs
 
 
-def row(
-    config: DecodingConfig,
-    params: SamplingParams,
-    results: list[Generation],
-    log_probs: list[float],
-    reference: list[float],
-    cpu_seconds: float,
-) -> dict[str, Any]:
-    """What is printed of one configuration; a number that the method does not use is absent."""
-    joint = config.method in ("mtad", "mmtad")
-    _, depth, width = config.preset
-    tokens = sum(len(result.token_ids) for result in results)
-    difference, low, high = paired_interval(log_probs, reference)
-    return {
-        "method": config.method,
-        "temperature": params.temperature,
-        "top_k": params.top_k,
-        "top_p": params.top_p,
-        "depth": depth or None,
-        "width": width or None,
-        "reference": config.acceptance_reference if joint else None,
-        "tau": config.acceptance_threshold if joint else None,
-        "prompts": len(results),
-        "tokens": tokens,
-        "block_efficiency": tokens / sum(result.num_steps for result in results),
-        "log_prob": float(np.mean(log_probs)),
-        "difference": difference,
-        "low": low,
-        "high": high,
-        "length": tokens / len(results),
-        "ended": float(np.mean([result.ended for result in results])),
-        "cpu_s_per_token": cpu_seconds / tokens,
-    }
+def progress(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
-def show(values: dict[str, Any]) -> None:
-    """Print one row of the table."""
-    printed = {key: "-" if value is None else value for key, value in values.items()}
-    print("  ".join(template.format(**printed) for _, template in COLUMNS), flush=True)
-
-
-def environment(pair: ModelPair) -> dict[str, Any]:
-    """Where the figures come from."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],  # noqa: S607 - whichever git the caller has
-        capture_output=True,
-        text=True,
-        check=False,
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.decode", description=(__doc__ or "").splitlines()[0]
     )
-    return {
-        "pair": pair.description,
-        "device": str(pair.device),
-        "machine": platform.machine(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "commit": commit.stdout.strip() or None,
-    }
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.decode", description=__doc__.splitlines()[0])
-    parser.add_argument("--target", help="hub id, folder or GGUF file; default the embedded pair")
-    parser.add_argument("--draft", help="the same for the draft")
+    parser.add_argument("--pair", default="E", choices=NAMES)
+    parser.add_argument("--base", default="T", choices=("E", "T"), help="of pair I")
+    parser.add_argument("--extra-layers", type=int, default=24, help="of pair I")
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--workload", default="chat", choices=WORKLOADS)
-    parser.add_argument("--prompts", type=int, default=40)
+    parser.add_argument("--workload", help="default: SQL for T, chat for E")
+    parser.add_argument("--prompts", type=int, help="texts that are judged; default 400 for T, 40 for E")
     parser.add_argument("--max-tokens", type=int, default=96)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--depths", type=int, nargs="+", default=[2, 4])
-    parser.add_argument("--width", type=int, default=4)
-    parser.add_argument("--threshold", type=float, default=0.5)
-    parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 1.0])
+    parser.add_argument("--batch", type=int, default=16, help="rows while texts are written to be judged")
+    parser.add_argument("--timed-batch", type=int, default=1, help="rows while steps are timed")
+    parser.add_argument("--timed-prompts", type=int, default=6)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--depths", type=int, nargs="+", default=[4])
+    parser.add_argument("--widths", type=int, nargs="+", default=[4])
+    parser.add_argument("--thresholds", type=float, nargs="+", default=[0.5])
+    parser.add_argument("--temperatures", type=float, nargs="+", default=[1.0, 0.0])
+    parser.add_argument("--top-k", type=int, default=10)
+    parser.add_argument("--top-p", type=float, default=0.9)
     parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    if (arguments.target is None) != (arguments.draft is None):
-        parser.error("--target and --draft go together")
-    return arguments
+    return parser.parse_args(arguments)
+
+
+def load(arguments: argparse.Namespace) -> tuple[BenchPair, Task]:
+    rows = max(arguments.batch, arguments.timed_batch)
+    pair = load_pair(
+        arguments.pair,
+        base=arguments.base,
+        extra_layers=arguments.extra_layers,
+        dtype=arguments.dtype,
+        max_num_seqs=rows,
+    )
+    count = arguments.prompts or (400 if pair.base == "T" else 40)
+    return pair, make_task(pair, arguments.workload, count, arguments.seed)
+
+
+def run(arguments: argparse.Namespace, show: Callable[[str], None]) -> dict[str, Any]:
+    """Measure what `arguments` ask for; the JSON document."""
+    pair, task = load(arguments)
+    configs = list(configurations(arguments.depths, arguments.widths, arguments.thresholds))
+    document: dict[str, Any] = {"settings": vars(arguments), "workload": task.name, "costs": [], "rows": []}
+    for rows, costs in measure(pair, task, configs, arguments):
+        document["environment"] = environment(pair, costs, arguments.dtype)
+        document["costs"].append(costs.as_json())
+        shared = {
+            **document["environment"],
+            "workload": task.name,
+            "prompt_length": round(task.prompt_length, 1),
+            "max_tokens": arguments.max_tokens,
+            "batch": arguments.timed_batch,
+            "judged_batch": arguments.batch,
+        }
+        show(" ".join(f"{key}={value}" for key, value in {**shared, **costs.as_json()}.items()))
+        show(header())
+        for row in rows:
+            show(line(row))
+        document["rows"] += [{**row, **shared} for row in rows]
+    return document
 
 
 def main() -> None:
-    arguments = parse_arguments()
-    models = (arguments.target, arguments.draft) if arguments.target else prepare_embedded_pair()
-    pair = load_model_pair(*models, dtype=arguments.dtype, max_model_len=1024, max_num_seqs=arguments.batch)
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(models[0])
-    prompts = [
-        chat_ids(tokenizer, each.prompt)
-        for each in load_prompts(arguments.workload, arguments.prompts, arguments.seed)
-    ]
-    facts = environment(pair)
-    print(json.dumps(facts), file=sys.stderr)
-    print("  ".join(name for name, _ in COLUMNS), flush=True)
-    configs = list(configurations(arguments.depths, arguments.width, arguments.threshold))
-    rows = []
-    for temperature in arguments.temperatures:
-        params = SamplingParams(arguments.max_tokens, temperature, top_k=10, top_p=0.9, seed=arguments.seed)
-        for values in measure(pair, prompts, params, configs, arguments.batch):
-            rows.append(values)
-            show(values)
-    print(json.dumps({"environment": facts, "rows": rows}))
+    try:
+        document = run(parse_arguments(), lambda text: print(text, flush=True))
+    except ValueError as error:
+        sys.exit(f"benchmarks.decode: {error}")
+    print(json.dumps(document))
 
 
 if __name__ == "__main__":

@@ -7,8 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from decoding.sampler import RowSampling, step_streams
+from decoding.adjustments import Adjustments
+from decoding.config import Preset
+from decoding.sampler import RowSampling, step_streams, to_log_probs
 from decoding.sequence import Sequence
+from decoding.token_tree import TokenTree
 
 NO_TOKEN = -1
 
@@ -23,8 +26,7 @@ class Batch:
     """
 
     rows: slice
-    depth: int
-    width: int
+    preset: Preset
     lengths: Tensor
     last_tokens: Tensor
     steps: Tensor
@@ -35,6 +37,8 @@ class Batch:
     log_thresholds: Tensor
     target_reference: Tensor
     sampling: RowSampling
+    adjustments: Adjustments | None
+    num_top_log_probs: int
 
     @classmethod
     def of(
@@ -45,8 +49,8 @@ class Batch:
         vocab_size: int,
         device: torch.device,
     ) -> "Batch":
-        _, depth, width = sequences[0].config.preset
         configs = [sequence.config for sequence in sequences]
+        end_ids = _end_ids(sequences, eos_token_ids, device)
         thresholds = [config.acceptance_threshold for config in configs]
 
         def integers(values: list[int]) -> Tensor:
@@ -54,15 +58,14 @@ class Batch:
 
         return cls(
             rows=rows,
-            depth=depth,
-            width=width,
+            preset=sequences[0].config.preset,
             lengths=integers([sequence.num_cached for sequence in sequences]),
             last_tokens=torch.tensor([sequence.last_tokens() for sequence in sequences], device=device),
             steps=integers([sequence.num_steps for sequence in sequences]),
             remaining=integers([sequence.remaining for sequence in sequences]),
             seeds=integers([sequence.params.seed for sequence in sequences]),
             choices=integers([sequence.choice for sequence in sequences]),
-            end_ids=_end_ids(sequences, eos_token_ids, device),
+            end_ids=end_ids,
             log_thresholds=torch.tensor(
                 [math.log(t) if t > 0 else -math.inf for t in thresholds], device=device
             ),
@@ -70,15 +73,26 @@ class Batch:
                 [config.acceptance_reference == "target" for config in configs], device=device
             ),
             sampling=RowSampling.of([sequence.params for sequence in sequences], vocab_size, device),
+            adjustments=Adjustments.of(sequences, end_ids, vocab_size, device),
+            num_top_log_probs=max(sequence.params.num_top_log_probs for sequence in sequences),
         )
+
+    @property
+    def depth(self) -> int:
+        return self.preset.depth
+
+    @property
+    def width(self) -> int:
+        return self.preset.width
 
     @property
     def roots(self) -> Tensor:
         return self.last_tokens[:, 1]
 
     def limits(self) -> Tensor:
-        """Depth of this step for each row: one token is always left for the target itself."""
-        return (self.remaining - 1).clamp(min=0, max=self.depth)
+        """Depth of this step for each row; one token is left for the target, which `mtjd` has no need of."""
+        reserved = 0 if self.preset.method == "mtjd" else 1
+        return (self.remaining - reserved).clamp(min=0, max=self.depth)
 
     def streams(self) -> Tensor:
         return step_streams(self.seeds, self.choices, self.steps)
@@ -86,6 +100,14 @@ class Batch:
     def ends(self, token_ids: Tensor) -> Tensor:
         """Whether each of `token_ids` `[rows, tokens]` ends its sequence."""
         return (token_ids[:, :, None] == self.end_ids[:, None, :]).any(-1)
+
+    def adjusted(self, logits: Tensor, tree: TokenTree, first: int = 0) -> Tensor:
+        """Logits `[rows, nodes, vocab]` of nodes `first` onwards with each row's bias and penalties."""
+        return logits if self.adjustments is None else self.adjustments.apply(logits, tree, first)
+
+    def log_probs(self, logits: Tensor, tree: TokenTree, first: int = 0, *, point_mass: bool) -> Tensor:
+        """The law at nodes `first` onwards after all of each row's transforms, as `to_log_probs`."""
+        return to_log_probs(self.adjusted(logits, tree, first), self.sampling, point_mass=point_mass)
 
     def advance(self, delivered: Tensor, num_tokens: Tensor) -> None:
         """Take over `num_tokens` `[rows]` of `delivered` `[rows, most]`; the last one is the new root."""
@@ -95,6 +117,8 @@ class Batch:
         self.lengths = self.lengths + num_tokens
         self.remaining = self.remaining - num_tokens
         self.steps = self.steps + 1
+        if self.adjustments is not None:
+            self.adjustments.advance(delivered, num_tokens)
 
 
 def sequence_end_ids(sequence: Sequence, eos_token_ids: Series[int]) -> frozenset[int]:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from decoding.batch import Batch
 from decoding.model import CausalModel
-from decoding.sampler import Draw, gumbel, to_log_probs, uniforms
+from decoding.sampler import Draw, gumbel, uniforms
 from decoding.token_tree import TokenTree, gather_at
 
 CANDIDATES_PER_BEAM = 64  # a beam offers its likeliest tokens; exact for beam search up to this width
@@ -37,32 +37,46 @@ class _Candidates:
 
 
 def propose_tree(draft: CausalModel, batch: Batch) -> tuple[TokenTree, Beams]:
-    """Search `batch.depth` levels of `batch.width` beams over the draft; keep every beam as a node.
+    """The draft's beams as a tree, its last committed token caught up on; see `beam_search`."""
+    logits = draft.catch_up(batch.rows, batch.lengths, batch.last_tokens)[:, None]
+    tree, beams, _ = beam_search(draft, batch, logits, num_offered=CANDIDATES_PER_BEAM)
+    return tree, beams
+
+
+def beam_search(
+    model: CausalModel, batch: Batch, logits: Tensor, *, num_offered: int
+) -> tuple[TokenTree, Beams, list[Tensor]]:
+    """Search `batch.depth` levels of `batch.width` beams over one model; keep every beam as a node.
 
     Nodes of depth d are 1 + (d - 1) * width onwards. A beam that ended, or that reached the row's own
-    limit, stays in the beam with unchanged score; its slots at later depths are padding. Returns the
-    tree and the final beams. (Qin et al. 2025; sampling is a Plackett-Luce draw by Gumbel-top-k.)
+    limit, stays in the beam with unchanged score; its slots at later depths are padding. `logits`
+    `[rows, 1, vocab]` are the root's; each beam offers its `num_offered` likeliest tokens. Returns the
+    tree, the final beams and the logits of each level's parents, `[rows, beams, vocab]`.
+    (Qin et al. 2025; sampling is a Plackett-Luce draw by Gumbel-top-k.)
     """
     width, limits, streams = batch.width, batch.limits(), batch.streams()
     tree = TokenTree.of_roots(batch.roots, 1 + batch.depth * width)
     beams = Beams(tree.parents[:, :1], tree.draft_log_probs[:, :1])
-    logits = draft.catch_up(batch.rows, batch.lengths, batch.last_tokens)[:, None]
+    levels = [logits]
     for depth in range(1, batch.depth + 1):
         first = 1 + (depth - 1) * width
+        parent = max(first - width, 0)
         if depth > 1:
-            logits = draft.forward(batch.rows, batch.lengths, tree, first=first - width, count=width)
-        tree.note_finite(logits)
+            levels.append(model.forward(batch.rows, batch.lengths, tree, first=parent, count=width))
+        tree.note_finite(levels[-1])
         frozen = tree.ended.gather(1, beams.nodes) | (depth > limits)[:, None]
-        candidates = _candidates(tree, beams, frozen, to_log_probs(logits, batch.sampling, point_mass=False))
+        log_probs = batch.log_probs(levels[-1], tree, parent, point_mass=False)
+        candidates = _candidates(tree, beams, frozen, log_probs, num_offered)
         ranking = _ranking(candidates, batch, streams, depth)
         beams = _extend(tree, beams, frozen, candidates, ranking[:, :width], batch, first, depth)
-    return tree, beams
+    return tree, beams, levels
 
 
-def _candidates(tree: TokenTree, beams: Beams, frozen: Tensor, log_probs: Tensor) -> _Candidates:
+def _candidates(
+    tree: TokenTree, beams: Beams, frozen: Tensor, log_probs: Tensor, num_offered: int
+) -> _Candidates:
     """Every live beam offers its likeliest tokens, a frozen one only itself, with its own score."""
-    num_offered = min(CANDIDATES_PER_BEAM, log_probs.shape[-1])
-    values, token_ids = log_probs.topk(num_offered, dim=-1)
+    values, token_ids = log_probs.topk(min(num_offered, log_probs.shape[-1]), dim=-1)
     scores = beams.scores[:, :, None] + values.double()
     own_token = tree.token_ids.gather(1, beams.nodes)
     scores = torch.where(frozen[:, :, None], -math.inf, scores)

@@ -4,15 +4,40 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-MethodName = Literal["target", "draft", "speculative", "mtad", "mmtad"]
+MethodName = Literal["target", "draft", "speculative", "multi_candidate", "mtjd", "mtad", "mmtad"]
 AcceptanceReference = Literal["draft", "target"]
+Acceptance = Literal["token", "block"]
 
 METHODS: tuple[str, ...] = get_args(MethodName)
 ACCEPTANCE_REFERENCES: tuple[str, ...] = get_args(AcceptanceReference)
+ACCEPTANCES: tuple[str, ...] = get_args(Acceptance)
 
 MAX_SPECULATIVE_TOKENS = 16
 MAX_BEAM_WIDTH = 16
 MAX_TREE_NODES = 64  # beam_width * num_speculative_tokens, root apart
+MAX_CANDIDATES = 16  # per level; the nodes of all levels are bounded by MAX_TREE_NODES
+
+
+@dataclass(frozen=True, slots=True)
+class Preset:
+    """What rows must share to be decoded in one pass; a number that the method does not use is 0.
+
+    `candidates` are the children per level of `multi_candidate`, `replacement` how they are drawn.
+    """
+
+    method: str
+    depth: int = 0
+    width: int = 0
+    acceptance: str = "token"
+    candidates: tuple[int, ...] = ()
+    replacement: bool = False
+
+    @property
+    def num_nodes(self) -> int:
+        """Nodes of its tree, root included."""
+        if self.candidates:
+            return 1 + sum(math.prod(self.candidates[:depth]) for depth in range(1, self.depth + 1))
+        return 1 + self.depth * self.width
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +47,9 @@ class DecodingConfig:
     `num_speculative_tokens` (gamma) is the depth proposed per step, `beam_width` (W) the live
     continuations per depth, `acceptance_threshold` (tau) the ratio of joint likelihoods above which
     a prefix is accepted, `acceptance_reference` what the target's joint likelihood is compared with.
+    `acceptance` is how `speculative` verifies, `candidates_per_level` the children that
+    `multi_candidate` draws for every node (its length is the depth), `replacement` whether it draws
+    them independently.
     Keys that the method does not use are validated and have no effect.
 
     Raises:
@@ -33,6 +61,9 @@ class DecodingConfig:
     beam_width: int = 4
     acceptance_threshold: float = 0.5
     acceptance_reference: AcceptanceReference = "target"
+    acceptance: Acceptance = "token"
+    candidates_per_level: tuple[int, ...] = (4, 2, 2)
+    replacement: bool = False
 
     def __post_init__(self) -> None:
         _require(self.method in METHODS, f"method must be one of {', '.join(METHODS)}")
@@ -50,6 +81,24 @@ class DecodingConfig:
             self.acceptance_reference in ACCEPTANCE_REFERENCES,
             f"acceptance_reference must be one of {', '.join(ACCEPTANCE_REFERENCES)}",
         )
+        _require(self.acceptance in ACCEPTANCES, f"acceptance must be one of {', '.join(ACCEPTANCES)}")
+        self._check_candidates()
+
+    def _check_candidates(self) -> None:
+        candidates = self.candidates_per_level
+        _require(
+            1 <= len(candidates) <= MAX_SPECULATIVE_TOKENS,
+            f"candidates_per_level must have 1 to {MAX_SPECULATIVE_TOKENS} levels",
+        )
+        _require(
+            all(1 <= each <= MAX_CANDIDATES for each in candidates),
+            f"candidates_per_level must hold numbers between 1 and {MAX_CANDIDATES}",
+        )
+        nodes = Preset("multi_candidate", len(candidates), candidates=candidates).num_nodes - 1
+        _require(
+            nodes <= MAX_TREE_NODES,
+            f"candidates_per_level must give a tree of at most {MAX_TREE_NODES} nodes, not {nodes}",
+        )
 
     @property
     def uses_target(self) -> bool:
@@ -57,16 +106,22 @@ class DecodingConfig:
 
     @property
     def uses_draft(self) -> bool:
-        return self.method != "target"
+        return self.method not in ("target", "mtjd")
 
     @property
-    def preset(self) -> tuple[MethodName, int, int]:
-        """Rows with equal presets share one pass: method, depth, width (0 where unused)."""
-        if self.method in ("target", "draft"):
-            return self.method, 0, 0
-        if self.method == "speculative":
-            return self.method, self.num_speculative_tokens, 1
-        return self.method, self.num_speculative_tokens, self.beam_width
+    def preset(self) -> Preset:
+        """Rows with equal presets share one pass."""
+        match self.method:
+            case "target" | "draft":
+                return Preset(self.method)
+            case "speculative":
+                return Preset(self.method, self.num_speculative_tokens, 1, acceptance=self.acceptance)
+            case "multi_candidate":
+                candidates = self.candidates_per_level
+                return Preset(
+                    self.method, len(candidates), candidates=candidates, replacement=self.replacement
+                )
+        return Preset(self.method, self.num_speculative_tokens, self.beam_width)
 
 
 def _require(condition: bool, message: str) -> None:

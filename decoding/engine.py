@@ -1,19 +1,22 @@
 """The batched engine: sequences join and leave between steps; a step decodes one group of rows."""
 
+import math
 import time
 from collections import deque
 from collections.abc import Sequence as Series
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from decoding.batch import Batch, sequence_end_ids
+from decoding.config import Preset
 from decoding.host import to_host
 from decoding.methods import METHODS_BY_NAME
-from decoding.model import CausalModel, ModelPair
-from decoding.rows import Preset, RowTable
-from decoding.sequence import FinishReason, Sequence, SequenceOutput
+from decoding.methods.step import RowStep
+from decoding.model import ModelPair
+from decoding.rows import RowTable
+from decoding.sequence import FinishReason, Sequence, SequenceOutput, TokenLogProb
+from decoding.staging import Staging
 
 PREFILL_CHUNK = 256
 
@@ -39,7 +42,6 @@ class Engine:
 
     def __init__(self, pair: ModelPair, max_num_seqs: int = 16, prefill_chunk: int = PREFILL_CHUNK) -> None:
         self.pair = pair
-        self.prefill_chunk = prefill_chunk
         self.last_step = StepStats()
         self._models = list(pair.models.values())
         for model in self._models:
@@ -48,7 +50,8 @@ class Engine:
         self._rows = RowTable([model.cache for model in self._models], max_num_seqs)
         self._waiting: deque[Sequence] = deque()
         self._nothing_to_do: list[Sequence] = []
-        self._staged_ids: list[int] = []
+        self._staging = Staging(self._models, max_num_seqs, prefill_chunk)
+        self._prompt_log_probs: dict[str, list[TokenLogProb]] = {}
         self._batches: dict[Preset, Batch] = {}
         self._last_turn: dict[Preset, int] = {}
         self._num_steps = 0
@@ -83,7 +86,7 @@ class Engine:
             ValueError: the sequence cannot be decoded; the message names the field.
         """
         self._validate(sequence)
-        if sequence.remaining > 0:
+        if sequence.remaining > 0 or sequence.params.prompt_log_probs:
             self._waiting.append(sequence)
         else:
             self._nothing_to_do.append(sequence)
@@ -92,6 +95,7 @@ class Engine:
         """Forget a sequence wherever it is; its row is free on return. False if it is not known."""
         row = self._rows.find(sequence_id)
         if row is not None:
+            self._prompt_log_probs.pop(sequence_id, None)
             self._clear(row)
             self._remove([row])
             return True
@@ -106,17 +110,16 @@ class Engine:
     def step(self) -> list[SequenceOutput]:
         """Prefill at most one chunk, decode one group of rows, and return what was delivered."""
         started = time.monotonic()
-        outputs = [
-            SequenceOutput(each.id, [], [], finish_reason=FinishReason.LENGTH) for each in self._nothing_to_do
-        ]
+        outputs = [_empty(sequence, None) for sequence in self._nothing_to_do]
         self._nothing_to_do.clear()
-        prefill_tokens = self._admit()
+        prefill_tokens, scored = self._admit()
+        outputs += scored
         prefilled = time.monotonic()
         group = self._next_group()
         if group is not None:
             outputs += self._decode(*group)
         self.last_step = StepStats(
-            method=group[0][0] if group else None,
+            method=group[0].method if group else None,
             num_sequences=group[1].stop - group[1].start if group else 0,
             num_tree_nodes=max((output.num_draft_nodes for output in outputs), default=0),
             prefill_tokens=prefill_tokens,
@@ -137,6 +140,8 @@ class Engine:
             )
             expected = [[s.num_cached, s.num_steps, s.remaining, *s.last_tokens()] for s in sequences]
             assert to_host(state) == expected, (state, expected)
+            if batch.adjustments is not None:
+                batch.adjustments.check_integrity(sequences)
 
     def _validate(self, sequence: Sequence) -> None:
         if self._known(sequence.id):
@@ -145,6 +150,10 @@ class Engine:
             raise ValueError("prompt_ids must hold at least one token")
         if not 0 <= min(sequence.prompt_ids) <= max(sequence.prompt_ids) < self.pair.vocab_size:
             raise ValueError(f"prompt_ids must lie between 0 and {self.pair.vocab_size - 1}")
+        if not all(0 <= token_id < self.pair.vocab_size for token_id, _ in sequence.params.logit_bias):
+            raise ValueError(f"logit_bias must name token ids between 0 and {self.pair.vocab_size - 1}")
+        if sequence.params.num_top_log_probs > self.pair.vocab_size:
+            raise ValueError(f"num_top_log_probs must be at most {self.pair.vocab_size}")
         if len(sequence.prompt_ids) + sequence.params.max_tokens > self.pair.max_model_len:
             raise ValueError(f"max_tokens and the prompt must fit {self.pair.max_model_len} tokens together")
         if sequence.config.uses_draft and not self.pair.has_draft:
@@ -154,44 +163,33 @@ class Engine:
         queued = (*self._waiting, *self._nothing_to_do)
         return self._rows.find(sequence_id) is not None or any(each.id == sequence_id for each in queued)
 
-    def _admit(self) -> int:
-        """Give free rows to the sequences whose prompt is prefilled; returns the tokens prefilled."""
-        prefilled = 0
+    def _admit(self) -> tuple[int, list[SequenceOutput]]:
+        """Give free rows to the sequences whose prompt is prefilled.
+
+        Returns the tokens prefilled, and the outputs of sequences that only wanted their prompt scored.
+        """
+        prefilled, scored = 0, []
         while self._waiting and self._rows.num_free:
             sequence = self._waiting[0]
-            pending = self._pending_models(sequence)
-            if pending:
+            if not self._staging.ready(sequence):
                 if prefilled:
                     break
-                prefilled = self._prefill_chunk(sequence, pending)
-                if self._pending_models(sequence):
+                prefilled = self._staging.advance(sequence)
+                if not self._staging.ready(sequence):
                     break
-            self._rows.insert(self._waiting.popleft())
-            self._batches.clear()
-        return prefilled
+            self._waiting.popleft()
+            prompt_log_probs = self._staging.prompt_log_probs(sequence)
+            if sequence.remaining > 0:
+                self._insert(sequence, prompt_log_probs)
+            else:
+                scored.append(_empty(sequence, prompt_log_probs))
+        return prefilled, scored
 
-    def _pending_models(self, sequence: Sequence) -> list[CausalModel]:
-        """The models whose staging row does not yet hold all that the sequence has to have cached."""
-        cached = (sequence.prompt_ids + sequence.output_ids)[:-1]
-        if cached != self._staged_ids:
-            self._staged_ids = cached
-            for model in self._models:
-                model.cache.clear_row(self._rows.staging)
-        used = (sequence.config.uses_target, sequence.config.uses_draft)
-        return [
-            model
-            for model, is_used in zip(self._models, used, strict=False)
-            if is_used and model.cache.lengths[self._rows.staging] < len(cached)
-        ]
-
-    def _prefill_chunk(self, sequence: Sequence, models: Series[CausalModel]) -> int:
-        staging = self._rows.staging
-        start = min(model.cache.lengths[staging] for model in models)
-        chunk = self._staged_ids[start : start + self.prefill_chunk]
-        for model in models:
-            if model.cache.lengths[staging] == start:
-                model.prefill(staging, chunk)
-        return len(chunk)
+    def _insert(self, sequence: Sequence, prompt_log_probs: list[TokenLogProb] | None) -> None:
+        self._rows.insert(sequence)
+        self._batches.clear()
+        if prompt_log_probs is not None:
+            self._prompt_log_probs[sequence.id] = prompt_log_probs
 
     def _next_group(self) -> tuple[Preset, slice] | None:
         """The group that has waited longest for a pass."""
@@ -209,10 +207,10 @@ class Engine:
         if batch is None:
             batch = Batch.of(sequences, rows, self.pair.eos_token_ids, self.pair.vocab_size, self.pair.device)
             self._batches[preset] = batch
-        step = METHODS_BY_NAME[preset[0]].step(self.pair, batch)
+        step = METHODS_BY_NAME[preset.method].step(self.pair, batch)
         values = to_host(step.packed())
         outputs = [
-            self._deliver(sequence, row_values, step.num_nodes)
+            self._deliver(sequence, step.unpack(row_values), step.num_nodes)
             for sequence, row_values in zip(sequences, values, strict=True)
         ]
         self._rows.set_lengths(rows)
@@ -223,30 +221,31 @@ class Engine:
         self._remove(ended)
         return outputs
 
-    def _deliver(self, sequence: Sequence, values: list[Any], num_nodes: int) -> SequenceOutput:
+    def _deliver(self, sequence: Sequence, row: RowStep, num_nodes: int) -> SequenceOutput:
         """Take one row of a step into its sequence, cut at the first end."""
-        num_tokens, num_accepted, num_drafted, finite = (int(value) for value in values[:4])
         sequence.num_steps += 1
-        if not finite:
+        prompt_log_probs = self._prompt_log_probs.pop(sequence.id, None)
+        if not row.finite:
             return SequenceOutput(sequence.id, [], [], finish_reason=FinishReason.ERROR)
-        width = (len(values) - 4) // 2
-        token_ids = [int(value) for value in values[4 : 4 + num_tokens]]
         ends = sequence_end_ids(sequence, self.pair.eos_token_ids)
-        stop = next((index for index, token in enumerate(token_ids) if token in ends), None)
-        kept = token_ids if stop is None else token_ids[: stop + 1]
-        sequence.output_ids += kept
+        stop = next((index for index, token in enumerate(row.token_ids) if token in ends), None)
+        kept = len(row.token_ids) if stop is None else stop + 1
+        sequence.output_ids += row.token_ids[:kept]
         reason = FinishReason.STOP if stop is not None else None
         if reason is None and sequence.remaining <= 0:
             reason = FinishReason.LENGTH
+        num_top = sequence.params.num_top_log_probs
         return SequenceOutput(
             id=sequence.id,
-            token_ids=kept,
-            log_probs=values[4 + width : 4 + width + len(kept)],
+            token_ids=row.token_ids[:kept],
+            log_probs=row.log_probs[:kept],
             finish_reason=reason,
-            stop_token_id=kept[-1] if stop is not None else None,
-            num_draft_tokens=num_drafted,
+            stop_token_id=None if stop is None else row.token_ids[stop],
+            num_draft_tokens=row.num_drafted,
             num_draft_nodes=num_nodes,
-            num_accepted_tokens=num_accepted,
+            num_accepted_tokens=row.num_accepted,
+            top_log_probs=[top[:num_top] for top in row.top_log_probs[:kept]] if num_top else None,
+            prompt_log_probs=prompt_log_probs,
         )
 
     def _clear(self, row: int) -> None:
@@ -258,3 +257,12 @@ class Engine:
             self._rows.remove(row)
         if rows:
             self._batches.clear()
+
+
+def _empty(sequence: Sequence, prompt_log_probs: list[TokenLogProb] | None) -> SequenceOutput:
+    """The output of a sequence that asked for no tokens."""
+    if any(math.isnan(each.log_prob) for each in prompt_log_probs or ()):
+        return SequenceOutput(sequence.id, [], [], finish_reason=FinishReason.ERROR)
+    return SequenceOutput(
+        sequence.id, [], [], finish_reason=FinishReason.LENGTH, prompt_log_probs=prompt_log_probs
+    )

@@ -9,11 +9,16 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.hub import cached_file
 
+from decoding.embedded import OUTPUT_HEAD_FILE
 from decoding.errors import ModelLoadError
+from decoding.host import to_host
 from decoding.linear import apply_float16_linear, float16_linear_available
-from decoding.model import CausalModel, ModelPair, load_causal_lm
+from decoding.model import CausalModel, ChatFormat, ModelPair, OutputHead, load_causal_lm
 from decoding.probe import PROBE_ROWS, probe_tree, refusal
 
 MAX_MODEL_LEN = 4096
@@ -78,14 +83,20 @@ def load_model_pair(
     tokenizers = [_load_tokenizer(source) for source in sources]
     if draft is not None:
         _check_vocabulary(*tokenizers)
-    modules = [_load_module(source, precision) for source in sources]
+    heads = [None, *(_read_output_head(source) for source in sources[1:])]
+    modules = [_load_module(*each, precision) for each in zip(sources, heads, strict=True)]
     vocab_size = min(len(tokenizers[0]), *(module.config.get_text_config().vocab_size for module in modules))
     context = _max_model_len(modules, max_model_len)
     sizes = [sum(weight.numel() for weight in module.parameters()) for module in modules]
     shares, models = [], []
-    for module in modules:
+    for module, head in zip(modules, heads, strict=True):
+        output_ids = None if head is None else head.token_ids
+        if output_ids is not None:
+            special_ids = {*tokenizers[0].all_special_ids, *_eos_token_ids(modules[0], tokenizers[0])}
+            _check_output_ids(output_ids, vocab_size, special_ids)
         shares.append(apply_float16_linear(module) if precision.float16_linear else 0.0)
-        models.append(_serve(module, max(max_num_seqs + 1, PROBE_ROWS), context, vocab_size, place))
+        rows = max(max_num_seqs + 1, PROBE_ROWS)
+        models.append(_serve(module, rows, context, vocab_size, place, output_ids))
     return ModelPair(
         target=models[0],
         draft=models[1] if draft is not None else None,
@@ -95,6 +106,7 @@ def load_model_pair(
         bos_token_id=tokenizers[0].bos_token_id,
         tokenizer_file=_save_tokenizer(tokenizers[0]),
         description=_describe(sources, modules, sizes, shares, precision, place),
+        chat=ChatFormat.of(tokenizers[0]),
     )
 
 
@@ -158,9 +170,31 @@ def _load_tokenizer(source: _Source) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _load_module(source: _Source, precision: _Precision) -> PreTrainedModel:
+def _read_output_head(source: _Source) -> OutputHead | None:
+    """The head over part of the vocabulary that a draft may have instead of a full one."""
+    if source.gguf_file:
+        return None
+    path = cached_file(
+        source.name,
+        OUTPUT_HEAD_FILE,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    if path is None:
+        return None
     try:
-        return load_causal_lm(source.name, gguf_file=source.gguf_file, dtype=precision.dtype)
+        tensors = load_file(path)
+        head = OutputHead(tensors["lm_head.weight"], tensors["output_ids"].long())
+    except (OSError, KeyError, SafetensorError) as cause:
+        raise _unreadable(source, cause, f"its {OUTPUT_HEAD_FILE}") from cause
+    if head.weight.dim() != 2 or head.token_ids.shape != head.weight.shape[:1]:
+        raise _unreadable(source, ValueError("weight and ids do not fit"), f"its {OUTPUT_HEAD_FILE}")
+    return head
+
+
+def _load_module(source: _Source, head: OutputHead | None, precision: _Precision) -> PreTrainedModel:
+    try:
+        return load_causal_lm(source.name, gguf_file=source.gguf_file, dtype=precision.dtype, head=head)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as cause:
         raise _unreadable(source, cause) from cause
 
@@ -182,6 +216,18 @@ def _check_vocabulary(target: PreTrainedTokenizerBase, draft: PreTrainedTokenize
         )
 
 
+def _check_output_ids(output_ids: Tensor, vocab_size: int, special_ids: set[int]) -> None:
+    """The map from a cut head's rows to token ids must be one to one, in bounds, and keep special ids."""
+    ids = to_host(output_ids)
+    kept = set(ids)
+    if len(kept) == len(ids) and kept.issubset(range(vocab_size)) and kept.issuperset(special_ids):
+        return
+    raise ModelLoadError(
+        f"the token ids in the draft's {OUTPUT_HEAD_FILE} repeat, exceed the vocabulary or lack special ids; "
+        "make the draft again with scripts/distill-draft"
+    )
+
+
 def _max_model_len(modules: list[PreTrainedModel], wanted: int | None) -> int:
     configs = [module.config.get_text_config() for module in modules]
     own = min(getattr(config, "max_position_embeddings", None) or MAX_MODEL_LEN for config in configs)
@@ -193,11 +239,21 @@ def _max_model_len(modules: list[PreTrainedModel], wanted: int | None) -> int:
 
 
 def _serve(
-    module: PreTrainedModel, rows: int, max_model_len: int, vocab_size: int, device: torch.device
+    module: PreTrainedModel,
+    rows: int,
+    max_model_len: int,
+    vocab_size: int,
+    device: torch.device,
+    output_ids: Tensor | None,
 ) -> CausalModel:
     try:
         model = CausalModel(
-            module, rows=rows, max_model_len=max_model_len, vocab_size=vocab_size, device=device
+            module,
+            rows=rows,
+            max_model_len=max_model_len,
+            vocab_size=vocab_size,
+            device=device,
+            output_ids=output_ids,
         )
     except (AttributeError, TypeError, ValueError) as cause:
         raise refusal(module.config.model_type, "it has no attention cache") from cause

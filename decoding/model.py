@@ -1,13 +1,14 @@
 """One causal language model with its rows of cache, and the pair that a worker holds resident."""
 
 import inspect
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from decoding.attention import ATTENTION_NAME, fold_mask, register_attention
 from decoding.config import MAX_TREE_NODES
@@ -16,13 +17,28 @@ from decoding.linear import Float16Linear
 from decoding.token_tree import TokenTree
 
 
-def load_causal_lm(source: str, *, gguf_file: str | None, dtype: torch.dtype) -> PreTrainedModel:
+@dataclass(frozen=True, slots=True)
+class OutputHead:
+    """A head over part of the vocabulary: `weight` `[outputs, width]`, the ids of its rows `[outputs]`."""
+
+    weight: Tensor
+    token_ids: Tensor
+
+
+def load_causal_lm(
+    source: str, *, gguf_file: str | None, dtype: torch.dtype, head: OutputHead | None = None
+) -> PreTrainedModel:
     """Load a stock model from a folder or hub id; safetensors or GGUF only, never the model's own code.
+
+    `head` takes the place of the model's own, which its files then need not hold.
 
     Raises:
         ValueError: the files lack some of the weights, which would be left random.
     """
-    extra = {"gguf_file": gguf_file} if gguf_file else {"use_safetensors": True}
+    extra: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {"use_safetensors": True}
+    if head is not None:
+        # A tied head is neither looked for in the files nor allocated.
+        extra["tie_word_embeddings"] = True
     loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True, **extra)
     model: PreTrainedModel = loaded[0]
     missing_keys: set[str] = loaded[1]["missing_keys"]
@@ -30,7 +46,16 @@ def load_causal_lm(source: str, *, gguf_file: str | None, dtype: torch.dtype) ->
         missing = sorted(missing_keys)
         raise ValueError(f"its files lack {len(missing)} weights, {missing[0]} for one")
     model.train(False)
+    if head is not None:
+        _replace_head(model, head.weight.to(dtype))
     return model
+
+
+def _replace_head(model: PreTrainedModel, weight: Tensor) -> None:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    model.config.tie_word_embeddings = False
+    model.set_output_embeddings(linear)  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,17 +76,27 @@ class CausalModel:
     """A stock model that reads and writes rows of one preallocated cache.
 
     `module` is any transformers causal model; `rows` how many sequences fit, `max_model_len` tokens
-    each. Log-probabilities are taken over the first `vocab_size` logits.
+    each. Log-probabilities are taken over the first `vocab_size` logits. Where the head is cut to part
+    of the vocabulary, `output_ids` `[outputs]` are the token ids of its rows; other logits are -inf.
     """
 
     def __init__(
-        self, module: PreTrainedModel, *, rows: int, max_model_len: int, vocab_size: int, device: torch.device
+        self,
+        module: PreTrainedModel,
+        *,
+        rows: int,
+        max_model_len: int,
+        vocab_size: int,
+        device: torch.device,
+        output_ids: Tensor | None = None,
     ) -> None:
         register_attention()
         self.module: PreTrainedModel = nn.Module.to(module, device)
         self.module.set_attn_implementation(ATTENTION_NAME)
         self.device = device
         self.vocab_size = vocab_size
+        self.output_ids = None if output_ids is None else output_ids.to(device)
+        self._max_model_len = max_model_len
         config = module.config.get_text_config()
         self.dtype = module.dtype
         kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
@@ -117,7 +152,8 @@ class CausalModel:
         ancestors = tree.ancestors[:, first:end, :end]
         mask = (keys < lengths[:, None])[:, None, :].repeat(1, end - first, 1)
         mask.scatter_(2, columns[:, None, :].expand(-1, end - first, -1), ancestors)
-        positions = lengths[:, None] + tree.depths[:, :end]
+        # Nodes that are only padding may lie behind the context, where learned positions end.
+        positions = (lengths[:, None] + tree.depths[:, :end]).clamp(max=self._max_model_len - 1)
         return self._run(
             rows,
             _Pass(
@@ -172,7 +208,15 @@ class CausalModel:
         )
         logits: Tensor = output.logits
         logits = logits[:, -keep:, : self.vocab_size]
-        return logits if logits.dtype == torch.float64 else logits.float()
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        return logits if self.output_ids is None else self._spread(logits, self.output_ids)
+
+    def _spread(self, logits: Tensor, output_ids: Tensor) -> Tensor:
+        """A cut head's logits `[..., outputs]` in the shared vocabulary, -inf where it has no row."""
+        # A state that is not a number must show in every logit, as it does with a full head.
+        outside = torch.where(logits[..., :1] < math.inf, -math.inf, math.nan).to(logits.dtype)
+        spread = outside.repeat(1, 1, self.vocab_size)
+        return spread.scatter_(-1, output_ids.expand_as(logits), logits)
 
     def _masks(self, inputs: _Pass) -> Tensor | dict[str, Tensor]:
         """The additive mask, or one per layer type where only some layers have a sliding window."""
@@ -184,6 +228,23 @@ class CausalModel:
         if "full_attention" in self._layer_types or "sliding_attention" in self._layer_types:
             return {"full_attention": full, "sliding_attention": windowed}
         return windowed
+
+
+@dataclass(frozen=True, slots=True)
+class ChatFormat:
+    """The target's chat template as text, if it has one, and the special tokens that it may name."""
+
+    template: str | None = None
+    special_tokens: tuple[tuple[str, str], ...] = ()
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase) -> "ChatFormat":
+        """Of several named templates the one called `default`."""
+        template: Any = tokenizer.chat_template
+        if isinstance(template, dict):
+            template = template.get("default")
+        special = tokenizer.special_tokens_map.items()
+        return cls(template, tuple((name, str(token)) for name, token in special))
 
 
 @dataclass(slots=True)
@@ -198,6 +259,7 @@ class ModelPair:
     bos_token_id: int | None
     tokenizer_file: Path
     description: str
+    chat: ChatFormat = ChatFormat()
 
     @property
     def has_draft(self) -> bool:

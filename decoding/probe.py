@@ -89,6 +89,8 @@ def _tree_error(model: CausalModel) -> float:
         }
         sequences += [*texts.values(), [*texts[ACCEPTED], next_roots[row]]]
         found += [*(in_tree[row, leaf] for leaf in PATHS), after[row, 0]]
+    if model.output_ids is not None:
+        found = [logits[model.output_ids] for logits in found]
     return _largest_error(found, _recompute(model, sequences))
 
 
@@ -118,7 +120,7 @@ def _tree(model: CausalModel, nodes: list[list[int]]) -> TokenTree:
 
 
 def _recompute(model: CausalModel, sequences: list[list[int]]) -> list[Tensor]:
-    """The last logits of each sequence by a stock forward without any cache."""
+    """The last logits of each sequence by a stock forward without any cache, as the head gives them."""
     model.module.set_attn_implementation("eager")
     try:
         return [_last_logits(model, sequence) for sequence in sequences]

@@ -2,10 +2,9 @@
 
 from collections.abc import Iterator
 
+from decoding.config import Preset
 from decoding.kv_cache import KVCache
 from decoding.sequence import Sequence
-
-Preset = tuple[str, int, int]
 
 
 class RowTable:

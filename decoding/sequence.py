@@ -1,6 +1,7 @@
 """What is known of one sequence: its tokens, its sampling parameters, how it ends."""
 
 import math
+from collections.abc import Sequence as Series
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -34,6 +35,13 @@ class SamplingParams:
     seed: int = 0
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    min_tokens: int = 0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    num_top_log_probs: int = 0
+    prompt_log_probs: bool = False
 
     def __post_init__(self) -> None:
         if self.max_tokens < 0:
@@ -48,6 +56,23 @@ class SamplingParams:
             raise ValueError("min_p must be between 0 and 1")
         if not -(2**63) <= self.seed < 2**63:
             raise ValueError("seed must be a 64-bit signed integer")
+        if self.min_tokens < 0:
+            raise ValueError("min_tokens must be 0 or more")
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name} must be finite")
+        if not 0 < self.repetition_penalty < math.inf:
+            raise ValueError("repetition_penalty must be finite and above 0")
+        if not all(math.isfinite(bias) for _, bias in self.logit_bias):
+            raise ValueError("logit_bias must hold finite values")
+        if self.num_top_log_probs < 0:
+            raise ValueError("num_top_log_probs must be 0 or more")
+
+    @property
+    def adjusts_logits(self) -> bool:
+        """Whether anything changes the logits before temperature."""
+        penalties = (self.presence_penalty, self.frequency_penalty, self.repetition_penalty - 1)
+        return bool(self.logit_bias) or self.min_tokens > 0 or any(penalties)
 
     @property
     def greedy(self) -> bool:
@@ -90,11 +115,29 @@ class Sequence:
         return ids[max(len(ids) - 2, 0)], ids[-1]
 
 
+TopLogProbs = tuple[tuple[int, float], ...]  # token ids with their log-probabilities, best first
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogProb:
+    """One token's log-probability in nats, and the likeliest tokens at its place."""
+
+    log_prob: float
+    top: TopLogProbs
+
+
+def top_log_probs(token_ids: Series[float], log_probs: Series[float]) -> TopLogProbs:
+    """Pair numbers as they come from the device."""
+    return tuple((int(token_id), value) for token_id, value in zip(token_ids, log_probs, strict=True))
+
+
 @dataclass(frozen=True, slots=True)
 class SequenceOutput:
     """What one engine step delivered for one sequence.
 
-    `log_probs` are in nats, of the untransformed target (for `draft`, of the draft).
+    `log_probs` are in nats, of the untransformed target (for `draft`, of the draft); `top_log_probs`
+    the likeliest tokens at each place, where they were asked for. `prompt_log_probs`, of the prompt
+    from its second token on, come with the first output of a sequence that asked for them.
     `num_draft_tokens` is the depth proposed, `num_accepted_tokens` what the rule accepted, before
     truncation at an end: the first tokens of the step, the rest are the target's own.
     """
@@ -107,3 +150,5 @@ class SequenceOutput:
     num_draft_tokens: int = 0
     num_draft_nodes: int = 0
     num_accepted_tokens: int = 0
+    top_log_probs: list[TopLogProbs] | None = None
+    prompt_log_probs: list[TokenLogProb] | None = None

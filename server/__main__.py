@@ -12,9 +12,11 @@ import structlog
 import uvicorn
 
 from server.app import create_app
-from server.config import ConfigError, ServerConfig, configure_logging, load_config
+from server.config import ConfigError, ServerConfig, load_config
 from server.limits import HEADER_BYTES_LIMIT
+from server.logs import configure_logging
 from server.pool import WorkerPool
+from server.protocol import TimedProtocol
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -42,13 +44,16 @@ class Server:
         self._http = HttpServer(
             uvicorn.Config(
                 app,
-                http="h11",
+                http=TimedProtocol,
                 h11_max_incomplete_event_size=HEADER_BYTES_LIMIT,
                 timeout_graceful_shutdown=LINGER_SECONDS,
                 access_log=False,
                 log_config=None,
                 server_header=False,
                 ws="none",
+                root_path=config.root_path,
+                ssl_certfile=config.ssl_certfile,
+                ssl_keyfile=config.ssl_keyfile,
             )
         )
         self._exit_code = 0
@@ -82,9 +87,10 @@ class Server:
     async def _announce(self) -> None:
         model = await self._pool.wait_ready()
         host, port = self._listener.getsockname()[:2]
+        scheme = "http" if self._config.ssl_certfile is None else "https"
         log.info(
             "ready",
-            url=f"http://{f'[{host}]' if ':' in host else host}:{port}",
+            url=f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}{self._config.root_path}",
             model=self._config.target_id,
             draft=self._config.draft_id,
             method=self._config.decoding.method,

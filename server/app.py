@@ -6,9 +6,12 @@ from typing import Any
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 
 from server import __version__
+from server.auth import KeyMiddleware
+from server.chat_schemas import ChatRequest, DetokenizeRequest, TokenizeRequest
 from server.config import ServerConfig
 from server.errors import (
     ApiError,
@@ -21,7 +24,7 @@ from server.metrics import Metrics
 from server.middleware import RequestMiddleware
 from server.pool import WorkerPool
 from server.report import system_fingerprint
-from server.routes import completions, models, probes
+from server.routes import chat, completions, models, probes, tokens
 from server.schemas import CompletionRequest
 
 
@@ -39,15 +42,30 @@ def create_app(config: ServerConfig, pool: WorkerPool | None = None) -> FastAPI:
     app.state.config = config
     app.state.pool = pool
     app.state.fingerprint = system_fingerprint(config)
-    for routes in (completions, models, probes):
+    for routes in (completions, chat, models, tokens, probes):
         app.include_router(routes.router)
     app.add_exception_handler(ApiError, handle_api_error)
     app.add_exception_handler(HTTPException, handle_http_exception)
     app.add_exception_handler(ClientGoneError, handle_client_gone)
     app.add_exception_handler(ClientDisconnect, handle_client_gone)
-    app.add_middleware(RequestMiddleware, metrics=pool.metrics)
+    _add_middleware(app, config, pool.metrics)
     _document_bodies(app)
     return app
+
+
+def _add_middleware(app: FastAPI, config: ServerConfig, metrics: Metrics) -> None:
+    """From the inside out: keys, the headers that browsers ask for, ids and counts."""
+    if config.key_digests:
+        app.add_middleware(KeyMiddleware, digests=config.key_digests)
+    if config.allowed_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=config.allowed_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id"],
+        )
+    app.add_middleware(RequestMiddleware, metrics=metrics)
 
 
 @contextlib.asynccontextmanager
@@ -66,10 +84,11 @@ def _document_bodies(app: FastAPI) -> None:
 
     def openapi() -> dict[str, Any]:
         document = generate()
-        schema = CompletionRequest.model_json_schema(ref_template="#/components/schemas/{model}")
         components = document.setdefault("components", {}).setdefault("schemas", {})
-        components.update(schema.pop("$defs", {}))
-        components[CompletionRequest.__name__] = schema
+        for body in (CompletionRequest, ChatRequest, TokenizeRequest, DetokenizeRequest):
+            schema = body.model_json_schema(ref_template="#/components/schemas/{model}")
+            components.update(schema.pop("$defs", {}))
+            components[body.__name__] = schema
         return document
 
     app.openapi = openapi  # type: ignore[method-assign]

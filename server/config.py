@@ -1,25 +1,32 @@
 """The server's configuration: flags, environment (`MMTAD_`), a YAML file. Nothing else reads them.
 
-Precedence: flag, environment, file, default. Flags carry vLLM's names. This module is also the only
-place where logging is set up, because its switches are configuration.
+Precedence: flag, environment, file, default. Flags carry vLLM's names.
 """
 
 import ipaddress
 import json
-import logging
 import os
 import re
+import ssl
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-import structlog
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import (
     BaseSettings,
     CliSettingsSource,
+    NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
     SettingsError,
@@ -27,14 +34,16 @@ from pydantic_settings import (
 )
 
 from decoding import MAX_BEAM_WIDTH, MAX_SPECULATIVE_TOKENS, DecodingConfig
+from server.keys import key_digests
 
 ENVIRONMENT_PREFIX = "MMTAD_"
 EMBEDDED_TARGET_ID = "SmolLM2-135M-Instruct"
 EMBEDDED_DRAFT_ID = f"{EMBEDDED_TARGET_ID}-draft"
 WORKER_LINK_FLAG = "--link-fd"
 
-MethodName = Literal["target", "draft", "speculative", "mtad", "mmtad"]
+MethodName = Literal["target", "draft", "speculative", "multi_candidate", "mtjd", "mtad", "mmtad"]
 AcceptanceReference = Literal["draft", "target"]
+Acceptance = Literal["token", "block"]
 
 
 class ConfigError(Exception):
@@ -52,6 +61,8 @@ class SpeculativeConfig(BaseModel):
     beam_width: int = DecodingConfig().beam_width
     acceptance_threshold: float = DecodingConfig().acceptance_threshold
     acceptance_reference: AcceptanceReference = DecodingConfig().acceptance_reference
+    acceptance: Acceptance = DecodingConfig().acceptance
+    candidates_per_level: tuple[int, ...] = DecodingConfig().candidates_per_level
 
 
 class ServerConfig(BaseSettings):
@@ -84,9 +95,20 @@ class ServerConfig(BaseSettings):
     max_num_queued_reqs: int = Field(default=256, ge=0, le=100_000)
     max_num_speculative_tokens: int = Field(default=MAX_SPECULATIVE_TOKENS, ge=1, le=MAX_SPECULATIVE_TOKENS)
     max_beam_width: int = Field(default=MAX_BEAM_WIDTH, ge=1, le=MAX_BEAM_WIDTH)
+    max_logprobs: int = Field(default=5, ge=0, le=20, description="Most 'logprobs' of a completion.")
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63, description="Seed of requests without one.")
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535)
+    root_path: str = Field(default="", pattern=r"^(/[^/?#]+)*$", description="Where a proxy mounts it.")
+    ssl_certfile: Path | None = Field(default=None, description="PEM certificate chain: serves HTTPS.")
+    ssl_keyfile: Path | None = Field(default=None, description="PEM private key of the certificate.")
+    allowed_origins: list[str] = Field(default_factory=list, description="Origins of web pages (CORS).")
+    api_key: Annotated[list[SecretStr], NoDecode] = Field(
+        default_factory=list, description="Key that requests must carry; comma-separated or repeated."
+    )
+    api_key_file: Path | None = Field(
+        default=None, description="File with a key per line, or its digest as sha256:<hex>."
+    )
     allow_unauthenticated: bool = Field(default=False, description="Listen beyond loopback without keys.")
     disable_fastapi_docs: bool = Field(default=False, description="Serve neither /docs nor /openapi.json.")
     shutdown_timeout: float = Field(default=30.0, ge=0, le=3600)
@@ -98,6 +120,30 @@ class ServerConfig(BaseSettings):
             raise ValueError("each name must have 1 to 256 characters")
         return names
 
+    @field_validator("api_key", mode="before")
+    @classmethod
+    def _keys_are_listed(cls, keys: Any) -> Any:
+        """The environment gives one string, the command line a JSON list as text."""
+        if not isinstance(keys, str):
+            return keys
+        return json.loads(keys) if keys.startswith("[") else keys.split(",")
+
+    @model_validator(mode="after")
+    def _reachable_safely(self) -> Self:
+        if not (self.key_digests or self.allow_unauthenticated or is_loopback(self.host)):
+            raise ValueError(
+                "--host is reachable from other machines and nothing asks for a key: "
+                "use 127.0.0.1, give --api-key-file, or add --allow-unauthenticated"
+            )
+        if self.ssl_certfile is None and self.ssl_keyfile is not None:
+            raise ValueError("--ssl-keyfile needs --ssl-certfile")
+        if self.ssl_certfile is not None:
+            try:
+                ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(self.ssl_certfile, self.ssl_keyfile)
+            except OSError as error:
+                raise ValueError(f"--ssl-certfile and --ssl-keyfile cannot be used: {error}") from error
+        return self
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         speculative = self.speculative_config
@@ -105,15 +151,10 @@ class ServerConfig(BaseSettings):
             raise ValueError(
                 "--speculative-config.model needs --model: the embedded target has its own draft"
             )
-        if not self.has_draft and speculative.method not in (None, "target"):
+        if not self.has_draft and speculative.method not in (None, "target", "mtjd"):
             raise ValueError(
                 f"--speculative-config.method {speculative.method} needs a draft: "
-                "give --speculative-config.model, or use method target"
-            )
-        if not self.allow_unauthenticated and not is_loopback(self.host):
-            raise ValueError(
-                "--host is reachable from other machines and nothing asks for a key: "
-                "use 127.0.0.1, or add --allow-unauthenticated"
+                "give --speculative-config.model, or use method target or mtjd"
             )
         if self.decoding.num_speculative_tokens > self.max_num_speculative_tokens:
             raise ValueError("--max-num-speculative-tokens is below the server's own num_speculative_tokens")
@@ -134,6 +175,11 @@ class ServerConfig(BaseSettings):
             return DecodingConfig(**values)
         except ValueError as error:
             raise ValueError(f"--speculative-config: {error}") from error
+
+    @property
+    def key_digests(self) -> tuple[bytes, ...]:
+        """SHA-256 of every key, none where no key is asked for; raises ValueError."""
+        return key_digests([key.get_secret_value() for key in self.api_key], self.api_key_file)
 
     @property
     def target_id(self) -> str:
@@ -252,33 +298,3 @@ def worker_environment() -> dict[str, str]:
     those cores are busy a step then takes many times as long. Who set the policy keeps it.
     """
     return {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
-
-
-def configure_logging(stream: Any = None) -> None:
-    """JSON lines, the libraries' own among them; by default to standard error, where a worker's go."""
-    output = stream if stream is not None else sys.stderr
-    common: list[structlog.typing.Processor] = [
-        structlog.contextvars.merge_contextvars,
-        structlog.processors.add_log_level,
-        structlog.processors.TimeStamper(fmt="iso", utc=True),
-        structlog.processors.format_exc_info,
-    ]
-    structlog.configure(
-        processors=[*common, structlog.processors.JSONRenderer()],
-        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
-        logger_factory=structlog.PrintLoggerFactory(output),
-        cache_logger_on_first_use=False,
-    )
-    handler = logging.StreamHandler(output)
-    final: list[structlog.typing.Processor] = [
-        structlog.stdlib.ProcessorFormatter.remove_processors_meta,
-        structlog.processors.JSONRenderer(),
-    ]
-    handler.setFormatter(structlog.stdlib.ProcessorFormatter(processors=final, foreign_pre_chain=common))
-    logging.basicConfig(handlers=[handler], level=logging.WARNING)
-
-
-def fingerprint_source(config: ServerConfig) -> str:
-    """What the hash in `system_fingerprint` stands for: all that decides what is generated."""
-    relevant = {"model", "speculative_config", "dtype", "device", "max_model_len", "seed"}
-    return json.dumps(config.model_dump(mode="json", include=relevant), sort_keys=True)

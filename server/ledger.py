@@ -4,7 +4,14 @@ import itertools
 from dataclasses import dataclass, field
 
 from decoding import FinishReason, Sequence, SequenceOutput
-from server.messages import FinishedEvent, GenerateCommand, GenerationStats, SpeculationStep, StepEvent
+from server.messages import (
+    FinishedEvent,
+    GenerateCommand,
+    GenerationStats,
+    SpeculationStep,
+    StepEvent,
+    TokenScore,
+)
 
 
 @dataclass(slots=True)
@@ -77,6 +84,7 @@ class Ticket:
         return self.choices[position] if 0 <= position < len(self.choices) else None
 
     def step_event(self, choice: Choice, output: SequenceOutput) -> StepEvent:
+        tops, scores = output.top_log_probs, output.prompt_log_probs
         return StepEvent(
             id=self.command.id,
             choice=choice.index,
@@ -84,6 +92,10 @@ class Ticket:
             log_probs=list(output.log_probs),
             finish_reason=output.finish_reason,
             stop_token_id=output.stop_token_id,
+            top_log_probs=None if tops is None else [list(top) for top in tops],
+            prompt_log_probs=None
+            if scores is None
+            else [TokenScore(s.log_prob, list(s.top)) for s in scores],
         )
 
     def finished_event(self, now: float) -> FinishedEvent | None:
@@ -101,7 +113,12 @@ class Ticket:
             num_steps=sum(len(choice.step_sizes) for choice in self.choices),
             log_prob_sum=sum(sum(choice.log_probs) for choice in self.choices),
             queue_seconds=started - self.received,
-            speculation=[
-                step for choice in self.choices for step in choice.speculation if step.num_draft_tokens > 0
-            ],
+            speculation=self._speculation(),
         )
+
+    def _speculation(self) -> list[SpeculationStep]:
+        """The steps that verified a draft; `mtjd` searches with the target itself."""
+        if not self.command.config.uses_draft:
+            return []
+        steps = (step for choice in self.choices for step in choice.speculation)
+        return [step for step in steps if step.num_draft_tokens > 0]

@@ -12,6 +12,7 @@ from server.messages import (
     FrameDecoder,
     StepEvent,
     StepStatsEvent,
+    TopLogProbs,
     encode_frame,
     frame_length,
 )
@@ -73,6 +74,8 @@ class Outbox:
                 event,
                 token_ids=earlier.token_ids + event.token_ids,
                 log_probs=earlier.log_probs + event.log_probs,
+                top_log_probs=_joined(earlier.top_log_probs, event.top_log_probs),
+                prompt_log_probs=earlier.prompt_log_probs or event.prompt_log_probs,
             )
         self._steps[key] = event
 
@@ -98,3 +101,7 @@ class Outbox:
         self._stats.clear()
         self._partial = memoryview(b"".join(encode_frame(event) for event in events))
         return bool(events)
+
+
+def _joined(earlier: list[TopLogProbs] | None, later: list[TopLogProbs] | None) -> list[TopLogProbs] | None:
+    return later if earlier is None else earlier + (later or [])

@@ -73,12 +73,25 @@ class StopCommand(Message, frozen=True, kw_only=True):
     pass
 
 
+TopLogProbs = list[tuple[int, float]]  # token ids with their log-probabilities in nats, best first
+
+
+class TokenScore(msgspec.Struct, frozen=True, array_like=True):
+    """The log-probability of one prompt token, and the likeliest tokens at its place."""
+
+    log_prob: float
+    top: TopLogProbs
+
+
 class LoadingEvent(Message, frozen=True, kw_only=True):
     stage: str
 
 
 class ReadyEvent(Message, frozen=True, kw_only=True):
-    """What the API process must know of the loaded pair."""
+    """What the API process must know of the loaded pair.
+
+    `chat_template` is the target's own, as text, and `special_tokens` are the names it may use.
+    """
 
     vocab_size: int
     max_model_len: int
@@ -90,6 +103,8 @@ class ReadyEvent(Message, frozen=True, kw_only=True):
     device: str
     memory_bytes: int
     load_seconds: float
+    chat_template: str | None = None
+    special_tokens: dict[str, str] = {}
 
 
 class FatalEvent(Message, frozen=True, kw_only=True):
@@ -100,7 +115,11 @@ class FatalEvent(Message, frozen=True, kw_only=True):
 
 
 class StepEvent(Message, frozen=True, kw_only=True):
-    """Tokens of one choice since its last event: of one step, or of several when the reader lags."""
+    """Tokens of one choice since its last event: of one step, or of several when the reader lags.
+
+    `top_log_probs` has an entry per token where they were asked for; `prompt_log_probs`, of the prompt
+    from its second token on, come with the first event of a choice that asked for them.
+    """
 
     id: str
     choice: int
@@ -108,6 +127,8 @@ class StepEvent(Message, frozen=True, kw_only=True):
     log_probs: list[float]
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
+    top_log_probs: list[TopLogProbs] | None = None
+    prompt_log_probs: list[TokenScore] | None = None
 
 
 class SpeculationStep(msgspec.Struct, frozen=True, array_like=True):

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import structlog
 
 from decoding import FinishReason
+from server.chat import ChatTemplate, compile_template
 from server.config import ServerConfig
 from server.errors import OverloadedError
 from server.messages import (
@@ -57,6 +58,7 @@ class WorkerPool:
         self.metrics = metrics
         self.codec: TextCodec | None = None
         self.model: ReadyEvent | None = None
+        self.template: ChatTemplate | None = None
         self.draining = False
         self.created = int(time.time())
         self._fatal: FatalEvent | None = None
@@ -232,6 +234,7 @@ class WorkerPool:
                 message = f"{event.tokenizer_file} is no tokenizer that can be read: fetch the model again"
                 self._on_fatal(FatalEvent(message=message, exit_code=2))
                 return
+            self.template = compile_template(event)
         if worker.num_deaths > num_deaths:
             return  # it died while the tokenizer was read; its successor will tell
         worker.ready = self.model = event

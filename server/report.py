@@ -1,20 +1,27 @@
 """What a response says about itself: usage and `metrics`, summed over its choices."""
 
 import hashlib
+import json
 from dataclasses import dataclass, field
 from typing import Any
 
 from server import __version__
 from server.admission import Job
-from server.config import ServerConfig, fingerprint_source
+from server.config import ServerConfig
+from server.logprobs import LOWEST_LOG_PROB
 from server.messages import GenerationStats, SpeculationStep
-
-LOWEST_LOG_PROB = -9999.0  # what -inf is written as
+from server.speculation import applied, drafts
 
 
 def system_fingerprint(config: ServerConfig) -> str:
     digest = hashlib.sha256(fingerprint_source(config).encode()).hexdigest()
     return f"mmtad-{__version__}-{digest[:8]}"
+
+
+def fingerprint_source(config: ServerConfig) -> str:
+    """What the hash in `system_fingerprint` stands for: all that decides what is generated."""
+    relevant = {"model", "speculative_config", "dtype", "device", "max_model_len", "seed"}
+    return json.dumps(config.model_dump(mode="json", include=relevant), sort_keys=True)
 
 
 def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
@@ -56,7 +63,7 @@ class Report:
             "speculative_decoding": self._speculation(),
             "target_logprob_mean": self._log_prob_mean(),
             "energy": None,  # null, not 0: nothing measures it
-            "speculative": self.job.applied,
+            "speculative": applied(self.job.decoding),
             "seed": self.job.seed,
         }
 
@@ -79,7 +86,7 @@ class Report:
         return times
 
     def _log_prob_mean(self) -> float | None:
-        if self.job.decoding.method == "draft" or not self.completion_tokens:
+        if not self.job.decoding.uses_target or not self.completion_tokens:
             return None
         mean = sum(stats.log_prob_sum for stats in self.stats) / self.completion_tokens
         return max(mean, LOWEST_LOG_PROB)
@@ -87,10 +94,10 @@ class Report:
     def _speculation(self) -> dict[str, Any] | None:
         """vLLM's object: drafted counts depth, accepted is what the rule took, before truncation."""
         detail = self.job.request.options.metrics or "summary"
-        if detail == "none" or self.job.decoding.method in ("target", "draft"):
+        if detail == "none" or not drafts(self.job.decoding):
             return None
         steps = [step for stats in self.stats for step in stats.speculation]
-        summary = summarise(steps, self.job.decoding.num_speculative_tokens)
+        summary = summarise(steps, self.job.decoding.preset.depth)
         return summary | _per_step(steps) if detail == "detailed" else summary
 
 

@@ -1,18 +1,20 @@
-"""What a client may send to and gets from `/v1/completions`: strict types, bounds on everything.
+"""What a client may send: strict types, bounds on everything; chat's own fields are in `server.chat_schemas`.
 
-`server.validation` turns the body's bytes into a `CompletionRequest`, or raises the one error that
-names its first mistake. What needs the loaded model (vocabulary, context, ids of models) is checked
-in `server.admission`.
+`server.validation` turns the body's bytes into one of these, or raises the one error that names its
+first mistake. What needs the loaded model (vocabulary, context, ids of models) is checked in
+`server.admission`.
 """
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
+from pydantic_core import PydanticCustomError
 
 MAX_PROMPTS = 64
 MAX_CHOICES = 128
 MAX_STOP_STRINGS = 16
 MAX_STOP_TOKEN_IDS = 128
+MAX_BIASES = 300
 MAX_INTEGER = 2**31 - 1
 
 TokenId = Annotated[int, Field(ge=0, le=MAX_INTEGER)]
@@ -37,6 +39,13 @@ def _speculative_shape(value: Any) -> str:
     return "off" if isinstance(value, bool) else "options"
 
 
+def _few_biases(value: Any) -> Any:
+    """Before the entries are looked at, so that a huge object is one quick error."""
+    if isinstance(value, dict) and len(value) > MAX_BIASES:
+        raise PydanticCustomError("too_many_biases", "too many")
+    return value
+
+
 Prompt = Annotated[
     Annotated[str, Tag("text")]
     | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True), Tag("texts")]
@@ -53,6 +62,12 @@ Stop = Annotated[
     | Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS, fail_fast=True), Tag("texts")],
     Discriminator(_stop_shape),
 ]
+
+DecimalTokenId = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,9})$")]
+LogitBias = Annotated[
+    dict[DecimalTokenId, Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(_few_biases)
+]
+Level = Annotated[int, Field(ge=1, le=16)]
 
 STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, frozen=True)
 
@@ -79,10 +94,7 @@ class SpeculativeOptions(BaseModel):
     acceptance_reference: Literal["draft", "target"] | None = None
     acceptance: Literal["token", "block"] | None = None
     candidates_per_level: (
-        Annotated[
-            list[Annotated[int, Field(ge=1, le=16)]], Field(min_length=1, max_length=16, fail_fast=True)
-        ]
-        | None
+        Annotated[list[Level], Field(min_length=1, max_length=16, fail_fast=True)] | None
     ) = None
     metrics: Literal["none", "summary", "detailed"] | None = None
 
@@ -93,13 +105,12 @@ Speculative = Annotated[
 ]
 
 
-class CompletionRequest(BaseModel):
-    """The body of `POST /v1/completions`; null means the default throughout."""
+class GenerationRequest(BaseModel):
+    """What completions and chat have in common; null means the default throughout."""
 
     model_config = STRICT
 
     model: Annotated[str, Field(min_length=1, max_length=256)]
-    prompt: Prompt | None = None
     max_tokens: Annotated[int, Field(ge=0, le=MAX_INTEGER)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
@@ -113,37 +124,39 @@ class CompletionRequest(BaseModel):
         None
     )
     include_stop_str_in_output: bool | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=2)] | None = None
+    logit_bias: LogitBias | None = None
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
+    min_tokens: Annotated[int, Field(ge=0, le=MAX_INTEGER)] | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     user: Annotated[str, Field(max_length=512)] | None = None
     speculative: Speculative | None = None
 
-    # Known, but not built: refused by name unless they ask for nothing.
-    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
-    echo: bool | None = None
-    best_of: Annotated[int, Field(ge=1, le=20)] | None = None
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
-    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=2)] | None = None
-    min_tokens: Annotated[int, Field(ge=0, le=MAX_INTEGER)] | None = None
-    suffix: str | None = None
-
     @property
     def num_choices(self) -> int:
+        """Choices per prompt in the response."""
         return 1 if self.n is None else self.n
 
     @property
-    def prompts(self) -> list[str] | list[list[int]]:
-        """The prompts, one by one; an omitted one is the empty text."""
-        if self.prompt is None:
-            return [""]
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        if isinstance(self.prompt[0], int):
-            return [self.prompt]
-        return self.prompt
+    def num_candidates(self) -> int:
+        """Choices per prompt that are decoded."""
+        return self.num_choices
+
+    @property
+    def num_top_log_probs(self) -> int | None:
+        """How many likeliest tokens are shown beside each token, None without log-probabilities."""
+        return None
+
+    @property
+    def echoes(self) -> bool:
+        return False
+
+    @property
+    def biases(self) -> tuple[tuple[int, float], ...]:
+        return tuple((int(token_id), bias) for token_id, bias in (self.logit_bias or {}).items())
 
     @property
     def stops(self) -> list[str]:
@@ -163,3 +176,36 @@ class CompletionRequest(BaseModel):
         if self.speculative is False:
             return SpeculativeOptions(method="target")
         return self.speculative or SpeculativeOptions()
+
+
+class CompletionRequest(GenerationRequest):
+    """The body of `POST /v1/completions`."""
+
+    prompt: Prompt | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MAX_INTEGER)] | None = None
+    echo: bool | None = None
+    best_of: Annotated[int, Field(ge=1, le=20)] | None = None
+    suffix: str | None = None  # known, and refused by name
+
+    @property
+    def num_candidates(self) -> int:
+        return self.best_of or self.num_choices
+
+    @property
+    def num_top_log_probs(self) -> int | None:
+        return self.logprobs
+
+    @property
+    def echoes(self) -> bool:
+        return bool(self.echo)
+
+    @property
+    def prompts(self) -> list[str] | list[list[int]]:
+        """The prompts, one by one; an omitted one is the empty text."""
+        if self.prompt is None:
+            return [""]
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if isinstance(self.prompt[0], int):
+            return [self.prompt]
+        return self.prompt

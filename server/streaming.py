@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-import time
+import dataclasses
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -12,144 +12,58 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
-from server.admission import Job
-from server.errors import (
-    ApiError,
-    ClientGoneError,
-    InvalidRequestError,
-    OverloadedError,
-    ServerError,
-    error_response,
-)
-from server.messages import FailedEvent, FinishedEvent, StepEvent
-from server.pool import WorkerPool
-from server.report import Report, usage
-from server.text import ChoiceText, Delta, Detokenizer, StopScanner
+from server.choice_text import Delta
+from server.errors import ApiError, ClientGoneError, ServerError, error_response
+from server.generation import Generation
 
 KEEP_ALIVE_SECONDS = 15.0
+READER_SECONDS = 30.0
 KEEP_ALIVE = b": keep-alive\n\n"
 DONE = b"data: [DONE]\n\n"
 
 log = structlog.get_logger("server.streaming")
 
 
-class Generation:
-    """One job on its way through the pool: an iterator of text deltas, then a complete `report`."""
-
-    def __init__(self, pool: WorkerPool, job: Job, fingerprint: str) -> None:
-        assert pool.codec is not None
-        self.job = job
-        self.report = Report(job)
-        self._pool = pool
-        self._created = int(time.time())
-        self._fingerprint = fingerprint
-        request = job.request
-        include_stop = bool(request.include_stop_str_in_output)
-        skip_special = request.skip_special_tokens is not False
-        self._texts = {
-            command.choice_offset + index: ChoiceText(
-                Detokenizer(pool.codec, command.prompt_ids, skip_special_tokens=skip_special),
-                StopScanner(request.stops, include=include_stop),
-                request.stop_token_ids or [],
-                include_stop=include_stop,
-            )
-            for command in job.commands
-            for index in range(command.n)
-        }
-
-    async def deltas(self) -> AsyncGenerator[Delta, None]:
-        """Raises ApiError when the request fails; close it to give the rows back."""
-        job = self.job
-        events = self._pool.generate(job.commands, model=job.served_model, arrived=job.arrived)
-        async with contextlib.aclosing(events):
-            async for event in events:
-                if isinstance(event, StepEvent):
-                    delta = self._on_step(event)
-                    if delta is not None:
-                        yield delta
-                elif isinstance(event, FinishedEvent):
-                    self.report.stats.append(event.stats)
-                else:
-                    raise api_error(event)
-
-    def _on_step(self, event: StepEvent) -> Delta | None:
-        text = self._texts[event.choice]
-        if text.finished:
-            return None
-        if event.token_ids:
-            self.report.note_tokens(time.monotonic())
-        delta = text.push(event)
-        if delta.finish_reason is not None and self.job.request.stops:
-            self._pool.finish(event.id, event.choice, delta.num_tokens)
-        return delta
-
-    def usage_so_far(self) -> dict[str, int]:
-        return usage(self.report.prompt_tokens, sum(text.num_tokens for text in self._texts.values()))
-
-    def body(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        """What the response and every chunk have in common."""
-        return {
-            "id": self.job.id,
-            "object": "text_completion",
-            "created": self._created,
-            "model": self.job.request.model,
-            "choices": choices,
-            "system_fingerprint": self._fingerprint,
-        }
-
-
-def api_error(event: FailedEvent) -> ApiError:
-    if event.code == "draining":
-        return OverloadedError("draining")
-    if event.code == "invalid_value":
-        return InvalidRequestError(
-            "The request cannot be decoded: check 'prompt' and 'max_tokens'.", code=event.code
-        )
-    return ServerError(event.code)
-
-
-def choice_body(index: int, text: str, reason: str | None, stop_reason: str | int | None) -> dict[str, Any]:
-    return {
-        "index": index,
-        "text": text,
-        "logprobs": None,
-        "finish_reason": reason,
-        "stop_reason": stop_reason,
-    }
-
-
 async def collect(generation: Generation) -> dict[str, Any]:
     """The whole response; raises ApiError."""
-    texts: dict[int, list[str]] = {}
-    ends: dict[int, Delta] = {}
+    gathered: dict[int, list[Delta]] = {}
     async with contextlib.aclosing(generation.deltas()) as deltas:
         async for delta in deltas:
-            texts.setdefault(delta.choice, []).append(delta.text)
-            if delta.finish_reason is not None:
-                ends[delta.choice] = delta
-    choices = [
-        choice_body(index, "".join(texts[index]), ends[index].finish_reason, ends[index].stop_reason)
-        for index in sorted(ends)
-    ]
+            gathered.setdefault(delta.choice, []).append(delta)
+    shape, codec = generation.shape, generation.codec
+    whole = [merged(gathered[candidate]) for candidate in generation.ranked()]
+    choices = [shape.whole(codec, index, delta.text, delta) for index, delta in enumerate(whole)]
     report = generation.report
-    return generation.body(choices) | {"usage": report.usage(), "metrics": report.metrics()}
+    body = generation.body(shape.whole_object, choices)
+    return body | {"usage": report.usage(), "metrics": report.metrics()}
+
+
+def merged(deltas: list[Delta]) -> Delta:
+    """A choice as if one event had brought all of it."""
+    entries = None
+    if deltas[-1].entries is not None:
+        entries = [entry for delta in deltas for entry in delta.entries or ()]
+    return dataclasses.replace(deltas[-1], text="".join(delta.text for delta in deltas), entries=entries)
 
 
 async def chunks(generation: Generation) -> AsyncGenerator[bytes, None]:
     """The same response as server-sent events, without the final `[DONE]`; raises ApiError."""
-    request = generation.job.request
+    request, shape = generation.job.request, generation.shape
+    begun: set[int] = set()
     async with contextlib.aclosing(generation.deltas()) as deltas:
         async for delta in deltas:
             if not delta.text and delta.finish_reason is None:
                 continue  # tokens, but no whole character yet
-            choice = choice_body(delta.choice, delta.text, delta.finish_reason, delta.stop_reason)
-            chunk = generation.body([choice])
+            choice = shape.chunk(generation.codec, delta, first=delta.choice not in begun)
+            begun.add(delta.choice)
+            chunk = generation.body(shape.chunk_object, [choice])
             if request.include_usage:
                 chunk["usage"] = generation.usage_so_far() if request.continuous_usage else None
             yield sse(chunk)
     if request.include_usage:
         report = generation.report
-        yield sse(generation.body([]) | {"usage": report.usage(), "metrics": report.metrics()})
+        end = generation.body(shape.chunk_object, [])
+        yield sse(end | {"usage": report.usage(), "metrics": report.metrics()})
 
 
 def sse(data: dict[str, Any]) -> bytes:
@@ -184,6 +98,8 @@ async def _cancel(*tasks: "asyncio.Future[Any]") -> None:
 class EventStreamResponse(Response):
     """Sends a generation's chunks, a comment line in every silence, and stops when the client leaves.
 
+    A client that takes nothing for `READER_SECONDS` is as one that left.
+
     Nothing is sent before the first chunk or comment is due, so that an early failure still has its
     own status.
     """
@@ -216,6 +132,8 @@ class EventStreamResponse(Response):
             await self._send(send, DONE, more=False)
         except ApiError as error:
             await self._fail(scope, receive, send, error)
+        except TimeoutError:
+            log.warning("reader_too_slow", seconds=READER_SECONDS)
         except Exception:
             log.exception("stream_failed")
             await self._fail(scope, receive, send, ServerError())
@@ -228,7 +146,8 @@ class EventStreamResponse(Response):
             self._started = True
             start: Message = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
             await send(start)
-        await send({"type": "http.response.body", "body": body, "more_body": more})
+        async with asyncio.timeout(READER_SECONDS):
+            await send({"type": "http.response.body", "body": body, "more_body": more})
 
     async def _fail(self, scope: Scope, receive: Receive, send: Send, error: ApiError) -> None:
         """Before the first byte an answer of its own, after it an event and `[DONE]`."""
@@ -238,3 +157,11 @@ class EventStreamResponse(Response):
             return
         await self._send(send, sse(error.body(request_id)))
         await self._send(send, DONE, more=False)
+
+
+async def respond(request: Request, generation: Generation) -> Response:
+    """A stream or one JSON body, as the request asks; raises ApiError and ClientGoneError."""
+    if generation.job.request.stream:
+        return EventStreamResponse(generation)
+    body = await collect_while_connected(request, generation)
+    return Response(msgspec.json.encode(body), media_type="application/json")

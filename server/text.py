@@ -1,15 +1,16 @@
 """Text in, text out: tokenizing off the event loop, incremental detokenizing, stop strings."""
 
 import asyncio
+import json
+import re
 from dataclasses import dataclass
 
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
-from decoding import FinishReason
-from server.messages import StepEvent
-
 REPLACEMENT = "\ufffd"
+BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")  # a byte in the manner of SentencePiece
+WORD_START = "\u2581"
 PROMPT_TAIL = 6  # ids of the prompt that set the context (leading spaces) of the first new token
 
 
@@ -21,6 +22,8 @@ class TextCodec:
         tokenizer.no_padding()
         self.tokenizer = tokenizer
         self.longest_token_bytes = max(len(token.encode()) for token in tokenizer.get_vocab())
+        self._added = _added_tokens(tokenizer)
+        self._byte_of = _byte_alphabet() if _is_byte_level(tokenizer) else {}
 
     @classmethod
     def from_file(cls, path: str) -> "TextCodec":
@@ -30,13 +33,55 @@ class TextCodec:
         """A lower bound of the number of tokens of `text`, without tokenizing it."""
         return -(-len(text.encode()) // self.longest_token_bytes)
 
-    async def encode(self, texts: list[str]) -> list[list[int]]:
-        """Token ids with the tokenizer's own special tokens; runs in a thread.
+    async def encode(self, texts: list[str], *, add_special_tokens: bool = True) -> list[list[int]]:
+        """Token ids, with the special tokens that the tokenizer itself adds; runs in a thread.
 
         Only the batch calls release the interpreter lock while they work.
         """
-        encodings = await asyncio.to_thread(self.tokenizer.encode_batch_fast, texts)
+        encodings = await asyncio.to_thread(
+            self.tokenizer.encode_batch_fast, texts, add_special_tokens=add_special_tokens
+        )
         return [encoding.ids for encoding in encodings]
+
+    def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str:
+        text: str = self.tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
+        return text
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that a token stands for, whatever its neighbours."""
+        token: str = self._added.get(token_id) or self.tokenizer.id_to_token(token_id) or ""
+        if token_id in self._added:
+            return token.encode()
+        if self._byte_of:
+            return bytes(self._byte_of[character] for character in token if character in self._byte_of)
+        if byte := BYTE_TOKEN.fullmatch(token):
+            return bytes.fromhex(byte[1])
+        return token.replace(WORD_START, " ").encode()
+
+    def token_text(self, token_id: int) -> str:
+        """A token as text; part of a character is `bytes:` and its bytes in hexadecimal, as in OpenAI."""
+        content = self.token_bytes(token_id)
+        try:
+            return content.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in content)
+
+
+def _added_tokens(tokenizer: Tokenizer) -> dict[int, str]:
+    return {token_id: token.content for token_id, token in tokenizer.get_added_tokens_decoder().items()}
+
+
+def _is_byte_level(tokenizer: Tokenizer) -> bool:
+    """Whether its tokens are written in the byte-level alphabet; tokenizers shows parts only as JSON."""
+    decoder = json.loads(tokenizer.to_str())["decoder"] or {}
+    return any(part["type"] == "ByteLevel" for part in [*decoder.get("decoders", []), decoder] if part)
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The byte of each character of the byte-level alphabet: printable ones stand for themselves."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
 class Detokenizer:
@@ -104,10 +149,13 @@ class StopScanner:
     def active(self) -> bool:
         return bool(self._stops)
 
-    def push(self, text: str) -> str | StopMatch:
-        """Text that is safe to show, or the match that ends it."""
+    def push(self, text: str, *, search: bool = True) -> str | StopMatch:
+        """Text that is safe to show, or the match that ends it.
+
+        Without `search` nothing ends here, but a stop string may begin here and end later.
+        """
         window = self._held + text
-        match = self._first_match(window)
+        match = self._first_match(window, len(self._held)) if search else None
         if match is None:
             safe = len(window) - self._longest_partial(window)
             self._held = window[safe:]
@@ -120,9 +168,12 @@ class StopScanner:
         held, self._held = self._held, ""
         return held
 
-    def _first_match(self, window: str) -> tuple[int, int, str] | None:
-        """Earliest end wins, of those the earliest start, so that no stop string stays visible."""
-        found = [(window.find(stop), stop) for stop in self._stops]
+    def _first_match(self, window: str, num_old: int) -> tuple[int, int, str] | None:
+        """Of the matches that end beyond `num_old` characters the one that ends first.
+
+        Of those that end together the one that starts first, so that no stop string stays visible.
+        """
+        found = [(window.find(stop, max(0, num_old - len(stop) + 1)), stop) for stop in self._stops]
         matches = [(start, start + len(stop), stop) for start, stop in found if start >= 0]
         return min(matches, key=lambda match: (match[1], match[0]), default=None)
 
@@ -134,58 +185,3 @@ def _overlap(window: str, stop: str) -> int:
     """Length of the longest end of `window` that begins `stop`."""
     longest = min(len(window), len(stop) - 1)
     return next((size for size in range(longest, 0, -1) if window.endswith(stop[:size])), 0)
-
-
-@dataclass(frozen=True, slots=True)
-class Delta:
-    """What one event adds to one choice; `num_tokens` counts all of its tokens so far."""
-
-    choice: int
-    text: str
-    num_tokens: int
-    finish_reason: FinishReason | None = None
-    stop_reason: str | int | None = None
-
-
-class ChoiceText:
-    """The text of one choice, from step events to deltas; the only place where text ends."""
-
-    def __init__(
-        self, detokenizer: Detokenizer, scanner: StopScanner, stop_token_ids: list[int], *, include_stop: bool
-    ) -> None:
-        self._detokenizer = detokenizer
-        self._scanner = scanner
-        self._stop_token_ids = stop_token_ids
-        self._include_stop = include_stop
-        self.num_tokens = 0
-        self.finished = False
-
-    def push(self, event: StepEvent) -> Delta:
-        """Text that is due, with the end of the choice where one was reached."""
-        pieces = self._pieces(event)
-        shown = ""
-        for position, piece in enumerate(pieces):
-            found = self._scanner.push(piece)
-            if isinstance(found, StopMatch):
-                # One piece a token, and a last one that only the end of the choice released.
-                self.num_tokens += min(position + 1, len(event.token_ids))
-                return self._end(event.choice, shown + found.text, FinishReason.STOP, found.stop)
-            shown += found
-        self.num_tokens += len(event.token_ids)
-        if event.finish_reason is None:
-            return Delta(event.choice, shown, self.num_tokens)
-        stop_id = event.stop_token_id if event.stop_token_id in self._stop_token_ids else None
-        return self._end(event.choice, shown + self._scanner.flush(), event.finish_reason, stop_id)
-
-    def _pieces(self, event: StepEvent) -> list[str]:
-        token_ids = event.token_ids
-        if event.finish_reason is FinishReason.STOP and not self._include_stop:
-            token_ids = token_ids[:-1]
-        if event.finish_reason is None and not self._scanner.active:
-            return [self._detokenizer.push(token_ids)]
-        pieces = [self._detokenizer.push([token_id]) for token_id in token_ids]
-        return [*pieces, self._detokenizer.flush()] if event.finish_reason is not None else pieces
-
-    def _end(self, choice: int, text: str, reason: FinishReason, stop: str | int | None) -> Delta:
-        self.finished = True
-        return Delta(choice, text, self.num_tokens, reason, stop)

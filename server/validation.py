@@ -1,15 +1,20 @@
 """From the bytes of a body to a request, or to the one error that names its first mistake."""
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from server.chat_schemas import ChatMessage, ChatRequest
 from server.errors import InvalidRequestError
-from server.schemas import MAX_CHOICES, CompletionRequest
+from server.schemas import MAX_BIASES, MAX_CHOICES, CompletionRequest, GenerationRequest
 
 UNION_TAGS = frozenset({"text", "texts", "tokens", "token_lists", "off", "options"})
-LIST_FIELDS = frozenset({"prompt", "stop", "stop_token_ids", "logit_bias"})
+LIST_FIELDS = frozenset(
+    {"prompt", "stop", "stop_token_ids", "logit_bias", "messages", "tokens"}
+    | {"speculative.candidates_per_level"}
+)
 MAX_NAME = 64
 
 NOT_JSON = (
@@ -33,36 +38,89 @@ EXPECTED_TYPES = {
 EXPECTED_SHAPES = {
     "prompt": "a string, an array of strings, an array of token ids, or an array of arrays of token ids",
     "stop": "a string or an array of strings",
+    "logit_bias": "an object of numbers by token id",
+    "messages": "an array of objects with 'role' and 'content', a string or an array of text parts",
     "speculative": "false or an object",
 }
 
 RAISED_BOUNDS = {"greater_than_equal": "at least {ge}", "greater_than": "greater than {gt}"}
 LOWERED_BOUNDS = {"less_than_equal": "at most {le}", "less_than": "less than {lt}"}
 
-# Known fields that are not built, with the values that ask for nothing.
-NOT_BUILT: dict[str, tuple[Any, ...]] = {
-    "logprobs": (),
-    "echo": (False,),
-    "logit_bias": ({},),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "repetition_penalty": (1,),
-    "min_tokens": (0,),
-    "suffix": (),
+Refusals = Mapping[str, tuple[Any, ...]]
+
+# Known fields that this server does not serve, with the values that ask for nothing.
+COMPLETION_REFUSALS: Refusals = {"suffix": ()}
+CHAT_REFUSALS: Refusals = {
+    "tools": ([],),
+    "tool_choice": ("none",),
+    "parallel_tool_calls": (),
+    "functions": ([],),
+    "function_call": ("none",),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "audio": (),
+    "prediction": (),
+    "web_search_options": (),
 }
-NOT_BUILT_OPTIONS: dict[str, tuple[Any, ...]] = {"acceptance": ("token",), "candidates_per_level": ()}
-NOT_BUILT_METHODS = frozenset({"multi_candidate", "mtjd"})
+PART_REFUSALS: Refusals = {"image_url": (), "input_audio": (), "file": (), "refusal": ()}
+MESSAGE_REFUSALS: Refusals = {
+    "tool_calls": ([],),
+    "tool_call_id": (),
+    "function_call": (),
+    "audio": (),
+    "refusal": (),
+}
+
+M = TypeVar("M", bound=BaseModel)
+
+
+def parse(kind: type[M], body: bytes) -> M:
+    """Raises InvalidRequestError."""
+    try:
+        return kind.model_validate_json(body)
+    except ValidationError as error:
+        raise describe(error.errors(include_url=False, include_input=False)[0]) from None
 
 
 def parse_completion(body: bytes) -> CompletionRequest:
     """Raises InvalidRequestError."""
-    try:
-        request = CompletionRequest.model_validate_json(body)
-    except ValidationError as error:
-        raise describe(error.errors(include_url=False, include_input=False)[0]) from None
-    _refuse_unbuilt(request)
-    _check_combinations(request)
+    request = parse(CompletionRequest, body)
+    _refuse(request, COMPLETION_REFUSALS)
+    _check_stream_options(request)
+    _check_best_of(request)
+    if request.num_candidates * len(request.prompts) > MAX_CHOICES:
+        param = "n" if request.best_of is None else "best_of"
+        message = f"'{param}' times the number of prompts must be at most {MAX_CHOICES}: send fewer at once."
+        raise InvalidRequestError(message, code="invalid_value", param=param)
     return request
+
+
+def parse_chat(body: bytes) -> ChatRequest:
+    """Raises InvalidRequestError."""
+    request = parse(ChatRequest, body)
+    _refuse(request, CHAT_REFUSALS)
+    check_messages(request.messages)
+    _check_stream_options(request)
+    if request.top_logprobs is not None and not request.logprobs:
+        message = "'top_logprobs' needs 'logprobs': true: set it, or remove 'top_logprobs'."
+        raise InvalidRequestError(message, code="invalid_value", param="top_logprobs")
+    return request
+
+
+def check_messages(messages: list[ChatMessage]) -> None:
+    """Text only: raises InvalidRequestError for what else OpenAI's messages may hold."""
+    for message in messages:
+        _refuse(message, MESSAGE_REFUSALS, "messages")
+        if message.role in ("tool", "function"):
+            raise unsupported("messages", "remove the messages of tools")
+        parts = message.content if isinstance(message.content, list) else []
+        for part in parts:
+            _refuse(part, PART_REFUSALS, "messages")
+            if part.type != "text":
+                raise unsupported("messages", "send parts of the type 'text' only")
+            if part.text is None:
+                reason = "'messages' holds a part without 'text': give it one."
+                raise InvalidRequestError(reason, code="invalid_value", param="messages")
 
 
 def describe(error: ErrorDetails) -> InvalidRequestError:
@@ -79,7 +137,8 @@ def describe(error: ErrorDetails) -> InvalidRequestError:
 
 def param_of(location: tuple[int | str, ...]) -> str | None:
     """The dotted path of the field, None for the whole body."""
-    names = [part for part in location if isinstance(part, str) and part not in UNION_TAGS]
+    parts = [part for part in location[:1] if isinstance(part, str)]
+    names = parts + [part for part in location[1:] if isinstance(part, str) and part not in UNION_TAGS]
     if not names:
         return None
     if names[0] in LIST_FIELDS:
@@ -117,16 +176,24 @@ def _type_rule(kind: str, param: str) -> str:
 def _other_rule(kind: str, context: dict[str, Any], param: str) -> tuple[str, str]:
     expected = EXPECTED_SHAPES.get(param)
     match kind:
-        case "missing":
+        case "missing" if param == "model":
             return "missing_required_parameter", "is required: send the id of a model listed by /v1/models"
+        case "missing" if expected:
+            return "missing_required_parameter", f"is required, and must be {expected}"
+        case "missing":
+            return "missing_required_parameter", "is required"
         case "extra_forbidden":
             return "unknown_parameter", "is not a parameter of this endpoint: remove it"
         case "union_tag_invalid" | "union_tag_not_found":
             return "invalid_type", f"must be {expected}"
-        case "literal_error" if expected:
+        case "literal_error" if param == "speculative":
             return "invalid_type", f"must be {expected}"
         case "literal_error":
             return "invalid_value", f"must be one of {context['expected']}"
+        case "too_many_biases":
+            return "invalid_value", f"must have at most {MAX_BIASES} entries"
+        case "string_pattern_mismatch":
+            return "invalid_value", "must name its token ids as plain decimal numbers"
         case "too_short":
             return "empty_array", "must not be an empty array, nor hold one"
         case "too_long":
@@ -144,26 +211,25 @@ def unsupported(param: str, cure: str = "remove it") -> InvalidRequestError:
     return InvalidRequestError(message, code="unsupported_parameter", param=param)
 
 
-def _refuse_unbuilt(request: CompletionRequest) -> None:
+def _refuse(model: BaseModel, refusals: Refusals, param: str | None = None) -> None:
     """Nothing is accepted and then ignored."""
-    for name, neutral in NOT_BUILT.items():
-        value = getattr(request, name)
+    for name, neutral in refusals.items():
+        value = getattr(model, name)
         if value is not None and value not in neutral:
-            raise unsupported(name)
-    if request.best_of is not None and request.best_of != request.num_choices:
-        raise unsupported("best_of", "remove it, or make it equal to 'n'")
-    for name, neutral in NOT_BUILT_OPTIONS.items():
-        value = getattr(request.options, name)
-        if value is not None and value not in neutral:
-            raise unsupported(f"speculative.{name}")
-    if request.options.method in NOT_BUILT_METHODS:
-        raise unsupported("speculative.method", "use target, draft, speculative, mtad or mmtad")
+            raise unsupported(param or name, f"remove '{name}'")
 
 
-def _check_combinations(request: CompletionRequest) -> None:
+def _check_stream_options(request: GenerationRequest) -> None:
     if request.stream_options is not None and not request.stream:
         message = "'stream_options' needs 'stream': true: set it, or remove 'stream_options'."
         raise InvalidRequestError(message, code="invalid_value", param="stream_options")
-    if request.num_choices * len(request.prompts) > MAX_CHOICES:
-        message = f"'n' times the number of prompts must be at most {MAX_CHOICES}: send fewer at once."
-        raise InvalidRequestError(message, code="invalid_value", param="n")
+
+
+def _check_best_of(request: CompletionRequest) -> None:
+    best_of = request.best_of or request.num_choices
+    if best_of < request.num_choices:
+        message = "'best_of' must be at least 'n': raise it, or remove it."
+        raise InvalidRequestError(message, code="invalid_value", param="best_of")
+    if request.stream and (request.best_of or 1) > 1:
+        message = "'best_of' is not streamed: the choices are ranked at their end. Remove 'stream' or it."
+        raise InvalidRequestError(message, code="invalid_value", param="best_of")

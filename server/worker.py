@@ -17,8 +17,9 @@ import structlog
 
 import decoding
 from decoding import ModelLoadError
-from server.config import configure_logging, worker_link_fd
+from server.config import worker_link_fd
 from server.link import Outbox, receive_command
+from server.logs import configure_logging
 from server.loop import EngineLike, WorkerLoop
 from server.messages import (
     BadFrameError,
@@ -77,6 +78,8 @@ def describe(pair: "ModelPair", load_seconds: float) -> ReadyEvent:
         device=str(pair.device),
         memory_bytes=pair.memory_bytes,
         load_seconds=load_seconds,
+        chat_template=pair.chat.template,
+        special_tokens=dict(pair.chat.special_tokens),
     )
 
 

@@ -1,17 +1,19 @@
-"""Speculative decoding: a chain sampled from the draft, token-level rejection; the output follows p.
+"""Speculative decoding: a chain sampled from the draft, verified by token or as a block; exactly p.
 
-(Leviathan et al. 2023; Chen et al. 2023.)
+(Leviathan et al. 2023; Chen et al. 2023; block verification: Sun et al. 2024.)
 """
 
 import torch
 from torch import Tensor
 
-from decoding.acceptance import rejection_sample
+from decoding.acceptance import block_verify, rejection_sample
 from decoding.batch import Batch
 from decoding.methods.step import DecodeStep, collect
 from decoding.model import CausalModel, ModelPair
-from decoding.sampler import Draw, sample, to_log_probs, uniforms
+from decoding.sampler import Draw, sample, uniforms
 from decoding.token_tree import TokenTree
+
+VERIFIERS = {"token": rejection_sample, "block": block_verify}
 
 
 class Speculative:
@@ -23,10 +25,10 @@ class Speculative:
         tree, draft_log_probs = _propose_chain(pair.draft, batch, limits, streams)
         logits = pair.target.forward(batch.rows, batch.lengths, tree)
         depths = torch.arange(1, batch.depth + 1, device=streams.device)
-        num_accepted, next_ids = rejection_sample(
+        num_accepted, next_ids = VERIFIERS[batch.preset.acceptance](
             tree.token_ids[:, 1:],
             draft_log_probs,
-            to_log_probs(logits, batch.sampling, point_mass=True),
+            batch.log_probs(logits, tree, point_mass=True),
             limits,
             uniforms(streams[:, None], Draw.ACCEPT, depths),
             uniforms(streams, Draw.NEXT),
@@ -46,7 +48,7 @@ def _propose_chain(
         if depth > 1:
             logits = draft.forward(batch.rows, batch.lengths, tree, first=depth - 1, count=1)
         tree.note_finite(logits)
-        log_probs = to_log_probs(logits, batch.sampling, point_mass=True)
+        log_probs = batch.log_probs(logits, tree, depth - 1, point_mass=True)
         token_ids = sample(log_probs, uniforms(streams, Draw.CHAIN, depth)[:, None])
         drawn = log_probs.gather(2, token_ids[:, :, None])[:, :, 0].double()
         tree.add_level(

@@ -10,6 +10,7 @@ from decoding.acceptance import best_reference, longest_joint_prefix
 from decoding.batch import Batch
 from decoding.model import CausalModel, ModelPair
 from decoding.sampler import Draw, sample, to_log_probs, uniforms
+from decoding.sequence import TopLogProbs, top_log_probs
 from decoding.token_tree import TokenTree, gather_at
 
 
@@ -20,7 +21,8 @@ class DecodeStep:
     `token_ids` and `log_probs` (nats, untransformed) are `[rows, depth + 1]`, of which the first
     `num_tokens` `[rows]` count: `num_accepted` `[rows]` from the draft, the rest the model's own.
     `num_drafted` `[rows]` is the depth proposed, `num_nodes` the nodes verified per row, root apart;
-    `finite` `[rows]` is false where a model gave values that are not numbers.
+    `finite` `[rows]` is false where a model gave values that are not numbers. `top_ids` and
+    `top_log_probs` `[rows, depth + 1, top]` are the likeliest tokens, where some row asks for them.
     """
 
     token_ids: Tensor
@@ -30,12 +32,51 @@ class DecodeStep:
     num_drafted: Tensor
     finite: Tensor
     num_nodes: int
+    top_ids: Tensor | None = None
+    top_log_probs: Tensor | None = None
 
     def packed(self) -> Tensor:
-        """Everything in one float64 tensor `[rows, 2 * (depth + 1) + 4]`: one copy to the host."""
+        """Everything in one float64 tensor `[rows, numbers]`: one copy to the host, read by `unpack`."""
         counts = (self.num_tokens, self.num_accepted, self.num_drafted, self.finite)
-        columns = [part.double()[:, None] for part in counts]
-        return torch.cat([*columns, self.token_ids.double(), self.log_probs.double()], dim=1)
+        parts = [*(part[:, None] for part in counts), self.token_ids, self.log_probs]
+        if self.top_ids is not None and self.top_log_probs is not None:
+            parts += [self.top_ids.flatten(1), self.top_log_probs.flatten(1)]
+        return torch.cat([part.double() for part in parts], dim=1)
+
+    def unpack(self, values: list[float]) -> "RowStep":
+        """One row of `packed` after its copy to the host."""
+        num_tokens, num_accepted, num_drafted, finite = (int(value) for value in values[:4])
+        width = self.token_ids.shape[1]
+        num_top = 0 if self.top_ids is None else self.top_ids.shape[2]
+        ids, log_probs, rest = (
+            values[4 : 4 + width],
+            values[4 + width : 4 + 2 * width],
+            values[4 + 2 * width :],
+        )
+        top_ids, tops = rest[: width * num_top], rest[width * num_top :]
+        return RowStep(
+            token_ids=[int(value) for value in ids[:num_tokens]],
+            log_probs=log_probs[:num_tokens],
+            top_log_probs=[
+                top_log_probs(top_ids[start : start + num_top], tops[start : start + num_top])
+                for start in range(0, num_tokens * num_top, num_top or 1)
+            ],
+            num_accepted=num_accepted,
+            num_drafted=num_drafted,
+            finite=bool(finite),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class RowStep:
+    """One row of a `DecodeStep` on the host: the tokens that count, and what was counted."""
+
+    token_ids: list[int]
+    log_probs: list[float]
+    top_log_probs: list[TopLogProbs]
+    num_accepted: int
+    num_drafted: int
+    finite: bool
 
 
 class Method(Protocol):
@@ -54,13 +95,14 @@ def joint_step(
     """
     limits = batch.limits()
     logits = pair.target.forward(batch.rows, batch.lengths, tree)
-    log_probs = to_log_probs(logits, batch.sampling, point_mass=False)
+    adjusted = batch.adjusted(logits, tree)
+    log_probs = to_log_probs(adjusted, batch.sampling, point_mass=False)
     joint = tree.joint(_conditional(tree, log_probs))
     node = longest_joint_prefix(
         tree, joint, _reference(tree, batch, log_probs, final_nodes, limits), batch.log_thresholds, limits
     )
     path = tree.path(node, batch.depth)
-    next_log_probs = to_log_probs(gather_at(logits, node)[:, None], batch.sampling, point_mass=True)[:, 0]
+    next_log_probs = to_log_probs(gather_at(adjusted, node)[:, None], batch.sampling, point_mass=True)[:, 0]
     next_ids = sample(next_log_probs, uniforms(batch.streams(), Draw.NEXT))
     num_accepted = gather_at(tree.depths, node)
     step = collect(batch, tree, path, logits, num_accepted, next_ids, ended=gather_at(tree.ended, node))
@@ -87,6 +129,7 @@ def collect(
     sources = torch.cat([torch.zeros_like(next_ids)[:, None], path], dim=1)
     num_tokens = num_accepted + 1 if ended is None else num_accepted + (~ended)
     normalisers = logits.logsumexp(-1)
+    top_ids, top_values = top_tokens(batch, logits, normalisers, sources)
     step = DecodeStep(
         token_ids=token_ids,
         log_probs=_raw_log_probs(logits, normalisers, sources, token_ids),
@@ -95,6 +138,8 @@ def collect(
         num_drafted=batch.limits().clamp(max=depth),
         finite=normalisers.isfinite().all(1) & tree.finite,
         num_nodes=tree.num_nodes - 1,
+        top_ids=top_ids,
+        top_log_probs=top_values,
     )
     batch.advance(token_ids, num_tokens)
     return step
@@ -104,7 +149,7 @@ def single_step(model: CausalModel, batch: Batch) -> DecodeStep:
     """One token for every row from one model's pass over its roots."""
     tree = TokenTree.of_roots(batch.roots, 1)
     logits = model.forward(batch.rows, batch.lengths, tree)
-    log_probs = to_log_probs(logits, batch.sampling, point_mass=True)[:, 0]
+    log_probs = batch.log_probs(logits, tree, point_mass=True)[:, 0]
     next_ids = sample(log_probs, uniforms(batch.streams(), Draw.NEXT))
     nothing = torch.zeros_like(next_ids)
     return collect(batch, tree, tree.parents[:, :0], logits, nothing, next_ids)
@@ -123,6 +168,17 @@ def _reference(
     draft = best_reference(tree, final_nodes, limits, batch.depth)
     target = tree.joint(log_probs.amax(-1).double().gather(1, tree.parents))
     return torch.where(batch.target_reference[:, None], target, draft)
+
+
+def top_tokens(
+    batch: Batch, logits: Tensor, normalisers: Tensor, sources: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """The likeliest tokens at nodes `sources` `[rows, tokens]` with their untransformed log-probs."""
+    if batch.num_top_log_probs == 0:
+        return None, None
+    index = sources[:, :, None].expand(-1, -1, logits.shape[-1])
+    best = logits.gather(1, index).topk(batch.num_top_log_probs, dim=-1)
+    return best.indices, best.values - normalisers.gather(1, sources)[:, :, None]
 
 
 def _raw_log_probs(logits: Tensor, normalisers: Tensor, sources: Tensor, token_ids: Tensor) -> Tensor:

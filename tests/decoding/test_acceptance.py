@@ -1,108 +1,44 @@
-"""The acceptance rules against enumeration: rejection sampling exactly, the joint prefix by brute force."""
+"""The acceptance rules: the longest joint prefix by brute force; the lossless ones in test_acceptance_law."""
 
-import itertools
 import math
 import random
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from decoding.acceptance import best_reference, longest_joint_prefix, rejection_sample, rule_depths
+from decoding.acceptance import (
+    best_reference,
+    block_verify,
+    longest_joint_prefix,
+    rejection_sample,
+    rule_depths,
+)
 from decoding.token_tree import TokenTree, gather_at
 
 GAMMA, EOS, VOCAB = 3, 0, 5
 
 
-def random_law(generator: torch.Generator, *shape: int) -> Tensor:
-    """Distributions over the last axis with about a third of zeros."""
-    law = torch.rand(*shape, generator=generator, dtype=torch.float64)
-    law *= torch.rand(*shape, generator=generator) < 0.7
-    law[..., 0] += law.sum(-1) == 0
-    return law / law.sum(-1, keepdim=True)
-
-
-def pieces(borders: list[float]) -> list[tuple[float, float]]:
-    """Middle and length of the intervals between `borders` in (0, 1)."""
-    cuts = sorted({0.0, 1.0, *(min(max(border, 0.0), 1.0) for border in borders)})
-    return [((low + high) / 2, high - low) for low, high in itertools.pairwise(cuts)]
-
-
-def residual(p: Tensor, q: Tensor) -> Tensor:
-    left = (p - q).clamp(min=0)
-    return left / left.sum() if left.sum() > 0 else left
-
-
-@pytest.mark.parametrize("limit", [0, 1, 2])
-@pytest.mark.parametrize(("vocab", "seed"), [(3, 0), (3, 1), (4, 2), (5, 3)])
-def test_proof_03_rejection_sampling_follows_p_exactly(vocab: int, seed: int, limit: int) -> None:
-    """The whole law of depth 2, every uniform integrated over the pieces on which nothing changes.
-
-    Guards a bonus drawn from the wrong node, a recovered token drawn from p, tokens accepted beyond
-    the limit.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    p = [random_law(generator, vocab), random_law(generator, vocab, vocab)]
-    q = [random_law(generator, vocab), random_law(generator, vocab, vocab)]
-    p_last = random_law(generator, vocab, vocab, vocab)
-    cases = []
-    for first, second in itertools.product(range(vocab), repeat=2):
-        weight = (q[0][first] * q[1][first, second]).item()
-        if weight == 0:
-            continue
-        ratios = [(p[0][first] / q[0][first]).item(), (p[1][first, second] / q[1][first, second]).item()]
-        laws = [
-            p[0],
-            p[1][first],
-            p_last[first, second],
-            residual(p[0], q[0]),
-            residual(p[1][first], q[1][first]),
-        ]
-        next_pieces = pieces([border for law in laws for border in law.cumsum(0).tolist()])
-        for (u_1, w_1), (u_2, w_2), (u_3, w_3) in itertools.product(
-            pieces(ratios[:1]), pieces(ratios[1:]), next_pieces
-        ):
-            cases.append(((first, second), (u_1, u_2), u_3, weight * w_1 * w_2 * w_3))
-    chains, accept, follow, weights = zip(*cases, strict=True)
-    ids = torch.tensor(chains)
-    target = torch.stack([p[0].expand(len(ids), -1), p[1][ids[:, 0]], p_last[ids[:, 0], ids[:, 1]]], 1)
-    draft = torch.stack([q[0].expand(len(ids), -1), q[1][ids[:, 0]]], 1)
-    num_accepted, next_ids = rejection_sample(
-        ids,
-        draft.log(),
-        target.log(),
-        torch.full((len(ids),), limit),
-        torch.tensor(accept, dtype=torch.float64),
-        torch.tensor(follow, dtype=torch.float64),
-    )
-    law = torch.zeros(vocab, vocab, vocab, dtype=torch.float64)
-    whole = p[0][:, None, None] * p[1][:, :, None] * p_last
-    for chain, count, token, weight in zip(
-        chains, num_accepted.tolist(), next_ids.tolist(), weights, strict=True
-    ):
-        assert count <= limit
-        text = (*chain[:count], token)
-        if len(text) == 3:
-            law[text] += weight
-        elif len(text) == 2:
-            law[text] += weight * p_last[text]
-        else:
-            law[text] += weight * p[1][token][:, None] * p_last[token]
-    torch.testing.assert_close(law, whole, rtol=0, atol=1e-12)
-
-
-def test_rejection_takes_the_point_masses_of_greedy_rows() -> None:
+@pytest.mark.parametrize("verify", [rejection_sample, block_verify])
+def test_chain_verifiers_take_the_point_masses_of_greedy_rows(verify: Any) -> None:
     """At temperature 0 a token stays iff it is the argmax, and the recovered token is the argmax."""
     point = torch.full((1, 3, 4), -math.inf)
     point[0, [0, 1, 2], [1, 2, 3]] = 0
-    draft = torch.full((1, 2, 4), -math.inf)
-    draft[0, [0, 1], [1, 3]] = 0
-    uniforms = torch.tensor([[0.999, 0.001]]).double()
-    count, token = rejection_sample(
-        torch.tensor([[1, 3]]), draft, point, torch.tensor([2]), uniforms, torch.tensor([0.5]).double()
-    )
-    assert (count.item(), token.item()) == (1, 2)
+    uniforms = torch.tensor([[0.999, 0.999]]).double()
+    for second, accepted, expected in ((3, 1, 2), (2, 2, 3)):
+        draft = torch.full((1, 2, 4), -math.inf)
+        draft[0, [0, 1], [1, second]] = 0
+        count, token = verify(
+            torch.tensor([[1, second]]),
+            draft,
+            point,
+            torch.tensor([2]),
+            uniforms,
+            torch.tensor([0.5]).double(),
+        )
+        assert (count.item(), token.item()) == (accepted, expected)
 
 
 @dataclass

@@ -64,7 +64,7 @@ def test_group_of_one_method_is_one_slice() -> None:
     table, caches = make_table()
     for number, method in enumerate(["target", "mmtad", "target", "draft"]):
         insert(table, caches, request(str(number), [1, 2], method))
-    assert [(preset[0], rows) for preset, rows in table.groups()] == [
+    assert [(preset.method, rows) for preset, rows in table.groups()] == [
         ("target", slice(0, 2)),
         ("mmtad", slice(2, 3)),
         ("draft", slice(3, 4)),

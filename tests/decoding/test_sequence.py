@@ -24,11 +24,35 @@ from tests.decoding.tiny import request
         ("min_p", 1.1),
         ("seed", 2**63),
         ("seed", -(2**63) - 1),
+        ("min_tokens", -1),
+        ("presence_penalty", math.nan),
+        ("frequency_penalty", math.inf),
+        ("repetition_penalty", 0),
+        ("repetition_penalty", math.inf),
+        ("logit_bias", ((3, math.inf),)),
+        ("num_top_log_probs", -1),
     ],
 )
 def test_value_out_of_bounds_names_its_field(field: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"^{field} "):
         SamplingParams(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("fields", "adjusts"),
+    [
+        ({}, False),
+        ({"temperature": 0.5, "top_k": 3, "num_top_log_probs": 2}, False),
+        ({"min_tokens": 1}, True),
+        ({"presence_penalty": -0.5}, True),
+        ({"frequency_penalty": 0.5}, True),
+        ({"repetition_penalty": 1.5}, True),
+        ({"logit_bias": ((3, 0.0),)}, True),
+    ],
+)
+def test_only_what_changes_logits_needs_their_adjustment(fields: dict[str, Any], adjusts: bool) -> None:
+    """A field forgotten here would silently do nothing."""
+    assert SamplingParams(**fields).adjusts_logits is adjusts
 
 
 @pytest.mark.parametrize("seed", [2**63 - 1, -(2**63)])

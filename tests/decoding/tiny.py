@@ -15,10 +15,21 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from decoding import DecodingConfig, Engine, FinishReason, ModelPair, SamplingParams, Sequence, SequenceOutput
 from decoding.batch import Batch
 from decoding.model import CausalModel
+from decoding.sequence import TokenLogProb, TopLogProbs
 
 CPU = torch.device("cpu")
 VOCAB = 24
-METHODS = ("target", "draft", "speculative", "mtad", "mmtad")
+METHODS = ("target", "draft", "speculative", "multi_candidate", "mtjd", "mtad", "mmtad")
+LOSSLESS: dict[str, dict[str, Any]] = {
+    "speculative": {"method": "speculative"},
+    "block": {"method": "speculative", "acceptance": "block"},
+    "multi_candidate": {"method": "multi_candidate", "candidates_per_level": (2, 2)},
+    "multi_candidate iid": {
+        "method": "multi_candidate",
+        "candidates_per_level": (2, 2),
+        "replacement": True,
+    },
+}
 Script = Callable[[Tensor, Tensor], Tensor]  # token ids and positions [rows, tokens] to logits [..., vocab]
 
 
@@ -164,6 +175,9 @@ CONFIG_FIELDS = {
     "beam_width",
     "acceptance_threshold",
     "acceptance_reference",
+    "acceptance",
+    "candidates_per_level",
+    "replacement",
 }
 
 
@@ -186,6 +200,8 @@ class Text:
     token_ids: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
     steps: list[SequenceOutput] = field(default_factory=list)
+    tops: list[TopLogProbs] = field(default_factory=list)
+    prompt_log_probs: list[TokenLogProb] | None = None
     finish_reason: FinishReason | None = None
 
     def take(self, output: SequenceOutput) -> None:
@@ -193,6 +209,10 @@ class Text:
         assert len(output.token_ids) == len(output.log_probs)
         self.token_ids += output.token_ids
         self.log_probs += output.log_probs
+        self.tops += output.top_log_probs or []
+        if output.prompt_log_probs is not None:
+            assert not self.steps, "the prompt's log-probs come first"
+            self.prompt_log_probs = output.prompt_log_probs
         self.steps.append(output)
         self.finish_reason = output.finish_reason
 

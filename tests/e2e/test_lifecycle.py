@@ -2,8 +2,11 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
+import ssl
+import subprocess
 import time
 from pathlib import Path
 
@@ -176,6 +179,33 @@ def test_huge_headers_are_refused(start: Start) -> None:
             answer = client.get("/health", headers={"x-huge": "x" * 100_000})
             assert answer.status_code in (400, 431)
             assert client.get("/health").status_code == 200
+
+
+def test_keys_and_a_proxy_path(start: Start, tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("the-key\n")
+    with start("--api-key-file", str(keys), "--host", "0.0.0.0", "--root-path", "/llm") as server:
+        body = {"model": "tiny", "prompt": "x", "max_tokens": 2}
+        with server.client() as client:
+            assert client.post("/v1/completions", json=body).status_code == 401
+            headers = {"authorization": "Bearer the-key"}
+            assert client.post("/v1/completions", json=body, headers=headers).status_code == 200
+        assert server.stop() == 0
+        assert "the-key" not in server.log.read_text()
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="makes its certificate with openssl")
+def test_https(start: Start, tmp_path: Path) -> None:
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    subject = ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"]
+    command = ["openssl", "req", "-x509", "-newkey", "ed25519", "-nodes", "-days", "2", *subject]
+    subprocess.run([*command, "-keyout", key, "-out", certificate], check=True, capture_output=True)
+    with start("--ssl-certfile", str(certificate), "--ssl-keyfile", str(key), wait=False) as server:
+        trusted = ssl.create_default_context(cafile=certificate)
+        with httpx.Client(base_url=f"https://127.0.0.1:{server.port}", verify=trusted) as client:
+            until(lambda: server.log.read_text().count("loading") > 0)
+            assert client.get("/health").status_code == 200
+        assert server.stop() == 0
 
 
 def test_help_needs_no_models(tmp_path: Path) -> None:

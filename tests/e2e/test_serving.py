@@ -7,11 +7,13 @@ from typing import Any
 import openai
 import pytest
 
+from server.text import TextCodec
 from tests.e2e.conftest import RunningServer, until
+from tests.e2e.tiny import VOCAB_SIZE, byte_tokenizer
 
 pytestmark = pytest.mark.slow
 
-METHODS = ("target", "draft", "speculative", "mtad", "mmtad")
+METHODS = ("target", "draft", "speculative", "multi_candidate", "mtjd", "mtad", "mmtad")
 
 
 def complete(server: RunningServer, **fields: Any) -> dict[str, Any]:
@@ -50,7 +52,7 @@ def test_streamed_equals_whole(server: RunningServer, method: str, temperature: 
     assert (streamed["text"], streamed["finish_reason"]) == (choice["text"], choice["finish_reason"])
     assert streamed["usage"] == whole["usage"]
     assert whole["metrics"]["speculative"]["method"] == method
-    if method in ("speculative", "mtad", "mmtad"):
+    if method in ("speculative", "multi_candidate", "mtad", "mmtad"):
         speculation = whole["metrics"]["speculative_decoding"]
         histogram = speculation["acceptance_histogram"]
         assert sum(histogram) == speculation["num_spec_steps"] > 0
@@ -83,7 +85,10 @@ def test_sixteen_mixed_requests_get_what_they_get_alone(server: RunningServer) -
     """Guards against neighbours, joins, leaves and cancellations that reach another request's text."""
     requests: list[dict[str, Any]] = [
         {
-            "speculative": {"method": METHODS[number % 5], "num_speculative_tokens": 1 + number % 4},
+            "speculative": {
+                "method": METHODS[number % len(METHODS)],
+                "num_speculative_tokens": 1 + number % 4,
+            },
             "prompt": "word " * (1 + 2 * number),
             "max_tokens": 5 + 295 * number // 15,
             "temperature": number % 3 / 2,
@@ -140,6 +145,83 @@ def test_openai_client(server: RunningServer) -> None:
         with pytest.raises(openai.BadRequestError) as error:
             client.completions.create(model="tiny", prompt="Hello", max_tokens=100_000)
         assert error.value.code == "context_length_exceeded"
+
+
+EVERYTHING = {
+    "presence_penalty": 1.5,
+    "frequency_penalty": -0.5,
+    "repetition_penalty": 1.3,
+    "logit_bias": {"5": 3, "6": -100},
+    "min_tokens": 4,
+    "logprobs": 3,
+    "echo": True,
+    "temperature": 0.8,
+    "min_p": 0.02,
+    "seed": 3,
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_field_with_every_method(server: RunningServer, method: str) -> None:
+    """CVE-2026-44223: one penalty with speculation killed another server's engine."""
+    result = complete(server, **EVERYTHING, speculative={"method": method}, n=2)
+    for choice in result["choices"]:
+        shown = choice["logprobs"]
+        assert choice["text"].startswith("The quick brown")
+        num_prompt = result["usage"]["prompt_tokens"]
+        assert shown["token_logprobs"][0] is None
+        assert all(-9999 <= value <= 0 for value in shown["token_logprobs"][1:])
+        assert all(3 <= len(top) <= 4 for top in shown["top_logprobs"][1:])
+        assert "bytes:" in shown["tokens"][0] or choice["text"].startswith(shown["tokens"][0])
+        assert len(shown["tokens"]) >= num_prompt + 4
+    delivered = sum(len(choice["logprobs"]["tokens"]) - num_prompt for choice in result["choices"])
+    assert delivered == result["usage"]["completion_tokens"]
+
+
+def test_scores_of_a_prompt_are_those_of_its_decoding(server: RunningServer) -> None:
+    """What `echo` says of a text is what was said when the text was written, within rounding."""
+    written = complete(server, speculative=False, logprobs=0, max_tokens=8, prompt=[256, 5, 9])
+    prompt = [256, 5, 9]
+    codec = TextCodec(byte_tokenizer())
+    id_of = {codec.token_text(token_id): token_id for token_id in range(VOCAB_SIZE)}
+    ids = prompt + [id_of[token] for token in written["choices"][0]["logprobs"]["tokens"]]
+    scored = complete(server, speculative=False, logprobs=1, max_tokens=0, echo=True, prompt=ids)
+    values = scored["choices"][0]["logprobs"]["token_logprobs"][len(prompt) :]
+    assert values == pytest.approx(written["choices"][0]["logprobs"]["token_logprobs"], abs=2e-2)
+
+
+def test_bias_against_everything(server: RunningServer) -> None:
+    bias = {str(token): -100 for token in range(260)}
+    for method in METHODS:
+        result = complete(server, logit_bias=bias, speculative={"method": method}, temperature=1, seed=1)
+        assert result["choices"][0]["finish_reason"] in ("stop", "length")
+
+
+def test_best_of(server: RunningServer) -> None:
+    result = complete(server, best_of=5, n=2, temperature=1, seed=1, logprobs=0)
+    means = [
+        sum(choice["logprobs"]["token_logprobs"]) / len(choice["logprobs"]["token_logprobs"])
+        for choice in result["choices"]
+    ]
+    assert means == sorted(means, reverse=True)
+    assert result["usage"]["completion_tokens"] > 48
+
+
+def test_chat_with_the_openai_client(server: RunningServer) -> None:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        asked: Any = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "temperature": 0}
+        whole = client.chat.completions.create(
+            **asked, max_completion_tokens=12, logprobs=True, top_logprobs=2
+        )
+        assert whole.choices[0].message.role == "assistant"
+        assert whole.choices[0].logprobs is not None
+        assert whole.choices[0].logprobs.content is not None
+        assert len(whole.choices[0].logprobs.content) == 12
+        assert whole.usage is not None
+        assert whole.usage.prompt_tokens == len("user: hi\nassistant:") + 1
+        chunks = client.chat.completions.create(**asked, max_completion_tokens=12, stream=True)
+        text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+        assert text == whole.choices[0].message.content
 
 
 def test_a_client_that_leaves_frees_its_rows(server: RunningServer) -> None:

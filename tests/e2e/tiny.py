@@ -10,6 +10,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 VOCAB_SIZE = 260
 BOS, EOS = 256, 257
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
 
 
 def byte_tokenizer() -> Tokenizer:
@@ -43,7 +47,14 @@ def write_model(folder: Path, *, seed: int, layers: int, hidden: int, vocab_size
     LlamaForCausalLM(config).save_pretrained(folder)
     byte_tokenizer().save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(
-        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"})
+        json.dumps(
+            {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "bos_token": "<s>",
+                "eos_token": "</s>",
+                "chat_template": CHAT_TEMPLATE,
+            }
+        )
     )
     return folder
 

@@ -12,7 +12,8 @@ import pytest
 from fastapi import FastAPI
 
 from server.app import create_app
-from server.config import ServerConfig, configure_logging
+from server.config import ServerConfig
+from server.logs import configure_logging
 from server.messages import Event, LoadCommand
 from server.metrics import Metrics
 from server.pool import WorkerPool

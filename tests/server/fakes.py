@@ -1,6 +1,7 @@
 """A worker without models: the real engine loop, links and frames around a scripted engine."""
 
 import asyncio
+import math
 import queue
 import socket
 import threading
@@ -13,6 +14,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from decoding import FinishReason, Sequence, SequenceOutput
+from decoding.sequence import TokenLogProb, TopLogProbs
 from server.link import Outbox
 from server.loop import WorkerLoop
 from server.messages import (
@@ -31,6 +33,14 @@ BOS, EOS = 256, 257
 VOCAB_SIZE = 258
 CONTEXT = 64
 TIMEOUT = 10.0
+
+CHAT_TEMPLATE = """{%- for message in messages -%}
+{%- if message.role == "assistant" and loop.first -%}
+{{ raise_exception("assistant first: " ~ message.content) }}
+{%- endif -%}
+{{ message.role[0] }}:{{ message.content }}{{ eos_token }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}a:{%- endif -%}"""
 
 Script = Callable[[Sequence], list[int]]
 
@@ -150,8 +160,9 @@ class ScriptedEngine:
             reason = FinishReason.LENGTH
         if reason is not None:
             self._running.remove(sequence)
-        speculates = sequence.config.method not in ("target", "draft")
-        drafted = sequence.config.num_speculative_tokens if speculates else 0
+        drafted = sequence.config.preset.depth
+        num_top = sequence.params.num_top_log_probs
+        first = start == 0 and sequence.params.prompt_log_probs
         return SequenceOutput(
             sequence.id,
             new,
@@ -161,7 +172,25 @@ class ScriptedEngine:
             num_draft_tokens=drafted,
             num_draft_nodes=drafted,
             num_accepted_tokens=min(max(len(new) - 1, 0), drafted),
+            top_log_probs=[scripted_top(token, num_top) for token in new] if num_top else None,
+            prompt_log_probs=scripted_scores(sequence) if first else None,
         )
+
+
+def scripted_top(token: int, num_top: int) -> TopLogProbs:
+    """The token itself with -0.5, then its successors, each 1 nat less; the last one is impossible."""
+    values = [-0.5 - place for place in range(num_top)]
+    values[2:] = [-math.inf] * len(values[2:])
+    return tuple(((token + place) % VOCAB_SIZE, value) for place, value in enumerate(values))
+
+
+def scripted_scores(sequence: Sequence) -> list[TokenLogProb]:
+    """Of the prompt from its second token on: -0.25 less its place."""
+    num_top = sequence.params.num_top_log_probs
+    return [
+        TokenLogProb(-0.25 - place, scripted_top(token, num_top))
+        for place, token in enumerate(sequence.prompt_ids[1:])
+    ]
 
 
 def ready_event(tokenizer_file: str, *, has_draft: bool = True) -> ReadyEvent:
@@ -176,6 +205,8 @@ def ready_event(tokenizer_file: str, *, has_draft: bool = True) -> ReadyEvent:
         device="cpu",
         memory_bytes=1,
         load_seconds=0.25,
+        chat_template=CHAT_TEMPLATE,
+        special_tokens={"bos_token": "<s>", "eos_token": "</s>"},
     )
 
 

@@ -66,8 +66,11 @@ FIELD_ERRORS: list[tuple[dict[str, Any], str, str]] = [
     *(({"n": bad}, "invalid_type", "n") for bad in (True, "2", 2.0)),
     ({"n": 65, "prompt": ["a", "b"]}, "invalid_value", "n"),
     ({"best_of": 21}, "integer_above_max_value", "best_of"),
-    ({"best_of": 2}, "unsupported_parameter", "best_of"),
-    ({"best_of": 1, "n": 2}, "unsupported_parameter", "best_of"),
+    ({"best_of": 1, "n": 2}, "invalid_value", "best_of"),
+    ({"best_of": 2, "stream": True}, "invalid_value", "best_of"),
+    ({"best_of": 2, "n": 2, "stream": True}, "invalid_value", "best_of"),
+    ({"best_of": 0}, "integer_below_min_value", "best_of"),
+    ({"best_of": 20, "prompt": ["a"] * 7}, "invalid_value", "best_of"),
     ({"suffix": "x"}, "unsupported_parameter", "suffix"),
     ({"suffix": ""}, "unsupported_parameter", "suffix"),
     ({"suffix": 1}, "invalid_type", "suffix"),
@@ -79,24 +82,30 @@ FIELD_ERRORS: list[tuple[dict[str, Any], str, str]] = [
     ({"min_p": 1.5}, "decimal_above_max_value", "min_p"),
     ({"top_k": -2}, "integer_below_min_value", "top_k"),
     ({"top_k": VOCAB_SIZE + 1}, "integer_above_max_value", "top_k"),
-    ({"presence_penalty": 2.1}, "decimal_above_max_value", "presence_penalty"),
-    ({"frequency_penalty": -2.1}, "decimal_below_min_value", "frequency_penalty"),
-    ({"repetition_penalty": 0}, "decimal_below_min_value", "repetition_penalty"),
-    ({"presence_penalty": 1}, "unsupported_parameter", "presence_penalty"),
-    ({"frequency_penalty": 1}, "unsupported_parameter", "frequency_penalty"),
-    ({"repetition_penalty": 1.5}, "unsupported_parameter", "repetition_penalty"),
+    *(
+        ({name: bad}, f"decimal_{where}_value", name)
+        for name in ("presence_penalty", "frequency_penalty")
+        for bad, where in ((2.1, "above_max"), (-2.1, "below_min"))
+    ),
+    ({"presence_penalty": "1"}, "invalid_type", "presence_penalty"),
+    *(({"repetition_penalty": bad}, "decimal_below_min_value", "repetition_penalty") for bad in (0, -1)),
+    ({"repetition_penalty": 2.1}, "decimal_above_max_value", "repetition_penalty"),
     ({"logprobs": -1}, "integer_below_min_value", "logprobs"),
-    *(({"logprobs": bad}, "integer_above_max_value", "logprobs") for bad in (6, HUGE)),
-    *(({"logprobs": bad}, "invalid_type", "logprobs") for bad in (True, "5")),
-    *(({"logprobs": bad}, "unsupported_parameter", "logprobs") for bad in (0, 5)),
-    ({"echo": True}, "unsupported_parameter", "echo"),
+    *(({"logprobs": bad}, "integer_above_max_value", "logprobs") for bad in (6, HUGE, 2**63)),
+    *(({"logprobs": bad}, "invalid_type", "logprobs") for bad in (True, "5", 1.0)),
     ({"echo": 1}, "invalid_type", "echo"),
-    ({"min_tokens": 1}, "unsupported_parameter", "min_tokens"),
-    ({"logit_bias": []}, "invalid_type", "logit_bias"),
-    ({"logit_bias": {"1": "5"}}, "invalid_type", "logit_bias"),
-    ({"logit_bias": {"1": None}}, "invalid_type", "logit_bias"),
+    ({"min_tokens": -1}, "integer_below_min_value", "min_tokens"),
+    ({"min_tokens": 17}, "invalid_value", "min_tokens"),
+    ({"min_tokens": 3, "max_tokens": 2}, "invalid_value", "min_tokens"),
+    *(({"logit_bias": bad}, "invalid_type", "logit_bias") for bad in ([], "x", 5, True)),
+    *(
+        ({"logit_bias": {key: 1}}, "invalid_value", "logit_bias")
+        for key in ("abc", "-1", str(VOCAB_SIZE), " 1", "1 ", "1e3", "01", "+1", "1.0", "", "١", "9" * 5000)
+    ),
     ({"logit_bias": {"1": 101}}, "invalid_value", "logit_bias"),
-    ({"logit_bias": {"1": 1}}, "unsupported_parameter", "logit_bias"),
+    ({"logit_bias": {"1": -100.5}}, "invalid_value", "logit_bias"),
+    *(({"logit_bias": {"1": bad}}, "invalid_type", "logit_bias") for bad in ("5", None, True, [1])),
+    ({"logit_bias": {str(key): 1 for key in range(301)}}, "invalid_value", "logit_bias"),
     *(({"stop": bad}, "invalid_value", "stop") for bad in ("", [""])),
     *(({"stop": bad}, "invalid_type", "stop") for bad in ([1], 3, {})),
     *(({"stop": ["x"] * count}, "array_above_max_length", "stop") for count in (17, 1000)),
@@ -124,15 +133,17 @@ FIELD_ERRORS: list[tuple[dict[str, Any], str, str]] = [
     *(({"speculative": bad}, "invalid_type", "speculative") for bad in (True, "mtad", [], 1)),
     ({"speculative": {"foo": 1}}, "unknown_parameter", "speculative.foo"),
     ({"speculative": {"method": "beam"}}, "invalid_value", "speculative.method"),
+    ({"speculative": {"acceptance": "tokens"}}, "invalid_value", "speculative.acceptance"),
     *(
-        ({"speculative": {"method": method}}, "unsupported_parameter", "speculative.method")
-        for method in ("multi_candidate", "mtjd")
-    ),
-    ({"speculative": {"acceptance": "block"}}, "unsupported_parameter", "speculative.acceptance"),
-    (
-        {"speculative": {"candidates_per_level": [2, 2]}},
-        "unsupported_parameter",
-        "speculative.candidates_per_level",
+        ({"speculative": {"candidates_per_level": bad}}, code, "speculative.candidates_per_level")
+        for bad, code in (
+            ([0], "invalid_value"),
+            ([17], "invalid_value"),
+            ([1] * 17, "array_above_max_length"),
+            ([4, 4, 4], "invalid_value"),
+            ([2.0], "invalid_type"),
+            ("2", "invalid_type"),
+        )
     ),
     ({"speculative": {"candidates_per_level": []}}, "empty_array", "speculative.candidates_per_level"),
     ({"speculative": {"beam_width": 0}}, "integer_below_min_value", "speculative.beam_width"),
@@ -193,6 +204,18 @@ ACCEPTED: list[dict[str, Any]] = [
     {"prompt": "x" * (CONTEXT - 16)},
     {"user": "x" * 512},
     {"best_of": 3, "n": 3},
+    {"best_of": 20},
+    {"best_of": 1, "stream": True},
+    {"logprobs": 0},
+    {"logprobs": 5, "stream": True},
+    {"echo": True},
+    {"echo": True, "logprobs": 5, "max_tokens": 0},
+    {"logit_bias": {}},
+    {"logit_bias": {str(token): -100 for token in range(VOCAB_SIZE)}},
+    {"min_tokens": 16},
+    {"presence_penalty": 2, "frequency_penalty": -2, "repetition_penalty": 2},
+    {"speculative": {"method": "multi_candidate", "candidates_per_level": [1] * 16}},
+    {"speculative": {"method": "mtjd", "candidates_per_level": [16]}},
     {"speculative": {"acceptance": "token", "acceptance_threshold": 1e6}},
     {"speculative": {"method": "target", "beam_width": 16}},
 ]
@@ -273,12 +296,21 @@ async def test_duplicate_keys_last_wins(served: Served) -> None:
     assert response.json()["usage"]["completion_tokens"] == 2
 
 
-@pytest.mark.parametrize("method", ["draft", "speculative", "mtad", "mmtad"])
+@pytest.mark.parametrize("limit", [0, 20])
+async def test_configured_log_probs(serve: Serve, limit: int) -> None:
+    async with serve(max_logprobs=limit) as served:
+        assert (await served.complete(logprobs=limit)).status_code == 200
+        response = await served.complete(logprobs=limit + 1)
+        check_error(response, 400, "integer_above_max_value", "logprobs")
+
+
+@pytest.mark.parametrize("method", ["draft", "speculative", "multi_candidate", "mtad", "mmtad"])
 async def test_methods_that_need_a_draft(serve: Serve, method: str) -> None:
     async with serve(has_draft=False) as served:
         response = await served.complete(speculative={"method": method})
         check_error(response, 400, "unsupported_parameter", "speculative.method")
         assert (await served.complete()).json()["metrics"]["speculative"] == {"method": "target"}
+        assert (await served.complete(speculative={"method": "mtjd"})).status_code == 200
 
 
 @pytest.mark.parametrize("limit", ["beam_width", "num_speculative_tokens"])
@@ -385,6 +417,17 @@ async def test_many_bad_elements_are_one_quick_error(served: Served) -> None:
     body = json.dumps({"model": "tiny", "prompt": [[1], *["x"] * 20_000]}).encode()
     started = time.perf_counter()
     check_error(await post(served, body), 400, "invalid_type", "prompt")
+    assert time.perf_counter() - started < 1
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("logit_bias", {f"x{key}": 1 for key in range(50_000)}), ("stop", [5] * 100_000)],
+)
+async def test_large_mistakes_are_quick(served: Served, field: str, value: Any) -> None:
+    started = time.perf_counter()
+    response = await served.complete(**{field: value})
+    assert (response.status_code, response.json()["error"]["param"]) == (400, field)
     assert time.perf_counter() - started < 1
 
 

@@ -9,7 +9,14 @@ import pytest
 from tests.server.conftest import Serve, Served
 from tests.server.fakes import BOS, EOS, ScriptedEngine, constant, ids_of
 
-METHODS = ("target", "draft", "speculative", "mtad", "mmtad")
+METHODS = ("target", "draft", "speculative", "multi_candidate", "mtjd", "mtad", "mmtad")
+APPLIED: dict[str, dict[str, Any]] = {
+    "target": {},
+    "draft": {},
+    "speculative": {"num_speculative_tokens": 4, "acceptance": "token"},
+    "multi_candidate": {"candidates_per_level": [4, 2, 2]},
+    "mtjd": {"num_speculative_tokens": 4, "beam_width": 4},
+}
 
 
 def events(response: httpx.Response) -> list[dict[str, Any]]:
@@ -86,9 +93,13 @@ async def test_speculation_metrics_level(served: Served, detail: str | None, sho
 @pytest.mark.parametrize("method", METHODS)
 async def test_method_is_applied(served: Served, method: str) -> None:
     body = (await served.complete(speculative={"method": method})).json()
-    assert body["metrics"]["speculative"]["method"] == method
+    shown = body["metrics"]["speculative"]
+    assert shown["method"] == method
+    assert shown == {"method": method, **APPLIED.get(method, shown)}
     assert served.engine.added[0].config.method == method
-    assert (body["metrics"]["speculative_decoding"] is None) == (method in ("target", "draft"))
+    drafted = served.metric("mmtad_draft_tokens_total", model="tiny", method=method)
+    assert (body["metrics"]["speculative_decoding"] is None) == (method in ("target", "draft", "mtjd"))
+    assert (drafted == 0) == (method in ("target", "draft", "mtjd"))
     assert (body["metrics"]["target_logprob_mean"] is None) == (method == "draft")
 
 
@@ -99,7 +110,25 @@ async def test_speculative_false_is_target(served: Served) -> None:
 async def test_unused_speculative_keys_change_nothing(served: Served) -> None:
     options = {"method": "speculative", "num_speculative_tokens": 16, "acceptance_threshold": 0.1}
     body = (await served.complete(speculative=options)).json()
-    assert body["metrics"]["speculative"] == {"method": "speculative", "num_speculative_tokens": 16}
+    shown = {"method": "speculative", "num_speculative_tokens": 16, "acceptance": "token"}
+    assert body["metrics"]["speculative"] == shown
+
+
+@pytest.mark.parametrize(
+    ("options", "key"),
+    [
+        ({"method": "speculative", "acceptance": "block"}, "acceptance"),
+        ({"method": "multi_candidate", "candidates_per_level": [3, 1, 2, 1]}, "candidates_per_level"),
+    ],
+)
+async def test_lossless_keys_are_applied(served: Served, options: dict[str, Any], key: str) -> None:
+    metrics = (await served.complete(speculative=options)).json()["metrics"]
+    assert metrics["speculative"][key] == options[key]
+    config = served.engine.added[0].config
+    assert getattr(config, key) in (options[key], tuple(options.get("candidates_per_level", ())))
+    speculation = metrics["speculative_decoding"]
+    assert speculation["num_spec_tokens"] == 4
+    assert speculation["num_draft_tokens"] == 4 * speculation["num_spec_steps"]
 
 
 async def test_draft_id_is_served_with_draft(served: Served) -> None:
@@ -154,13 +183,18 @@ async def test_parameters_reach_the_engine(served: Served) -> None:
         "min_p": 0.125,
         "seed": -(2**63),
         "stop_token_ids": [9],
+        "presence_penalty": -2,
+        "frequency_penalty": 2,
+        "repetition_penalty": 0.5,
+        "min_tokens": 2,
     }
-    await served.complete(**fields, ignore_eos=True, max_tokens=3)
+    await served.complete(**fields, ignore_eos=True, max_tokens=3, logit_bias={"0": -100, "257": 5.5})
     params = served.engine.added[0].params
     assert {name: getattr(params, name) for name in fields if name != "stop_token_ids"} == {
         name: value for name, value in fields.items() if name != "stop_token_ids"
     }
     assert params.stop_token_ids == (9,)
+    assert params.logit_bias == ((0, -100.0), (257, 5.5))
     assert params.ignore_eos
     assert params.max_tokens == 3
 
@@ -177,23 +211,21 @@ async def test_null_means_the_default(served: Served) -> None:
         "seed",
         "stream",
         "logprobs",
+        "echo",
+        "best_of",
+        "logit_bias",
+        "presence_penalty",
+        "frequency_penalty",
+        "repetition_penalty",
+        "min_tokens",
     )
     response = await served.complete(**dict.fromkeys(names), user=None, speculative=None, suffix=None)
     assert response.status_code == 200
     params = served.engine.added[0].params
+    assert not params.adjusts_logits
+    assert (params.num_top_log_probs, params.prompt_log_probs) == (0, False)
     assert (params.max_tokens, params.temperature, params.top_k, params.top_p) == (16, 1.0, 0, 1.0)
     assert params.seed == response.json()["metrics"]["seed"] >= 0
-
-
-async def test_neutral_values_of_unbuilt_fields_are_taken(served: Served) -> None:
-    neutral = {
-        "echo": False,
-        "best_of": 1,
-        "logit_bias": {},
-        "presence_penalty": 0,
-        "repetition_penalty": 1.0,
-    }
-    assert (await served.complete(**neutral, min_tokens=0, frequency_penalty=0)).status_code == 200
 
 
 async def test_configured_seed_is_used(serve: Serve) -> None:

@@ -1,24 +1,27 @@
 """Flags, environment, file: names, precedence, and one clear line for every mistake."""
 
+import hashlib
 import tomllib
 from pathlib import Path
 
 import pytest
 
 from decoding import ACCEPTANCE_REFERENCES, METHODS, DecodingConfig
+from decoding.config import ACCEPTANCES
 from server import __main__, __version__
 from server.config import (
+    Acceptance,
     AcceptanceReference,
     ConfigError,
     MethodName,
     ServerConfig,
-    fingerprint_source,
     is_loopback,
     load_config,
     worker_environment,
     worker_link_fd,
 )
-from server.report import system_fingerprint
+from server.keys import is_key, key_digests
+from server.report import fingerprint_source, system_fingerprint
 
 
 @pytest.fixture(autouse=True)
@@ -120,7 +123,7 @@ def test_precedence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (["--speculative-config", "{"], ["--speculative-config", "JSON"]),
         (["--speculative-config", '{"beam": 1}'], ["--speculative-config.beam", "no such setting"]),
         (["--speculative-config", '{"beam_width": 17}'], ["--speculative-config", "beam_width", "16"]),
-        (["--speculative-config", '{"method": "mtjd"}'], ["--speculative-config.method", "mmtad"]),
+        (["--speculative-config", '{"method": "beam"}'], ["--speculative-config.method", "mmtad"]),
         (["--model", "t", "--speculative-config.method", "mtad"], ["--speculative-config.model", "draft"]),
         (["--speculative-config.model", "d"], ["--model"]),
         (["--served-model-name", ""], ["--served-model-name"]),
@@ -129,6 +132,14 @@ def test_precedence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (["--max-num-speculative-tokens", "2"], ["--max-num-speculative-tokens"]),
         (["--config", "/nowhere.yaml"], ["--config", "/nowhere.yaml"]),
         (["--shutdown-timeout", "-1"], ["--shutdown-timeout"]),
+        (["--max-logprobs", "21"], ["--max-logprobs", "20"]),
+        (["--api-key", ""], ["--api-key", "empty"]),
+        (["--api-key-file", "/nowhere"], ["--api-key-file", "/nowhere"]),
+        (["--api-key-file", "/dev/null"], ["--api-key-file", "no key"]),
+        (["--ssl-keyfile", "/nowhere"], ["--ssl-keyfile", "--ssl-certfile"]),
+        (["--ssl-certfile", "/nowhere"], ["--ssl-certfile", "No such file"]),
+        (["--root-path", "x/"], ["--root-path"]),
+        (["--speculative-config", '{"candidates_per_level": [9, 9]}'], ["candidates_per_level", "64"]),
     ],
 )
 def test_mistakes_are_one_line_and_exit_2(
@@ -180,6 +191,37 @@ def test_loopback(host: str, expected: bool) -> None:
         assert load_config(["--host", host, "--allow-unauthenticated"]).host == host
 
 
+@pytest.mark.parametrize(
+    "arguments", [["--api-key", "one,two"], ["--api-key", "one", "--api-key", "two"], ["--api-key=one,two"]]
+)
+def test_keys_from_the_command_line(arguments: list[str]) -> None:
+    config = load_config([*arguments, "--host", "0.0.0.0"])
+    assert config.key_digests == key_digests(["one", "two"], None)
+    assert "two" not in repr(config)
+
+
+def test_keys_from_the_environment_and_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "keys"
+    digest = hashlib.sha256(b"three").hexdigest()
+    file.write_text(f"# ours\ntwo\n\n sha256:{digest} \n")
+    monkeypatch.setenv("MMTAD_API_KEY", "one")
+    config = load_config(["--api-key-file", str(file), "--host", "0.0.0.0"])
+    assert config.key_digests == key_digests(["one", "two", "three"], None)
+    assert is_key(b"three", config.key_digests)
+    assert not is_key(digest.encode(), config.key_digests)
+    monkeypatch.setenv("MMTAD_API_KEY", "one,two")
+    assert len(load_config([]).key_digests) == 2
+
+
+def test_other_origins_and_paths() -> None:
+    config = load_config(["--allowed-origins", "https://a.example", "--root-path", "/llm/v2"])
+    assert (config.allowed_origins, config.root_path) == (["https://a.example"], "/llm/v2")
+
+
+def test_a_target_alone_can_search_with_itself() -> None:
+    assert load_config(["--model", "t", "--speculative-config.method", "mtjd"]).decoding.method == "mtjd"
+
+
 def test_fingerprint_follows_what_decides_the_text() -> None:
     base = load_config([])
     assert system_fingerprint(base) == system_fingerprint(load_config(["--port", "9"]))
@@ -190,6 +232,7 @@ def test_fingerprint_follows_what_decides_the_text() -> None:
 
 def test_literals_are_those_of_decoding() -> None:
     assert set(MethodName.__args__) == set(METHODS)  # type: ignore[attr-defined]
+    assert set(Acceptance.__args__) == set(ACCEPTANCES)  # type: ignore[attr-defined]
     assert set(AcceptanceReference.__args__) == set(ACCEPTANCE_REFERENCES)  # type: ignore[attr-defined]
 
 

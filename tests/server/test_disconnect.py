@@ -103,6 +103,27 @@ async def test_rows_that_wait_are_given_up_too(serve: Serve) -> None:
         await until(lambda: is_idle(served))
 
 
+class StuckClient(Client):
+    """Its connection takes nothing."""
+
+    async def _send(self, message: Any) -> None:
+        await super()._send(message)
+        if message["type"] == "http.response.body":
+            await asyncio.sleep(60)
+
+
+async def test_a_reader_that_takes_nothing_frees_its_rows(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streaming, "READER_SECONDS", 0.01)
+    async with serve(ScriptedEngine(tokens_per_step=1, hold_after=1)) as served:
+        client = StuckClient(served, stream=True)
+        await asyncio.wait_for(client.task, 5)
+        served.engine.gate.set()
+        await until(lambda: requests(served, "abort") == 1)
+        assert is_idle(served)
+
+
 async def test_disconnect_in_the_body(served: Served) -> None:
     client = Client(served)
     client._body = None
@@ -242,7 +263,7 @@ async def test_broken_stream_is_told_without_details(served: Served, monkeypatch
     def broken(*_: object) -> None:
         raise RuntimeError("secret details")
 
-    monkeypatch.setattr("server.text.ChoiceText.push", broken)
+    monkeypatch.setattr("server.choice_text.ChoiceText.push", broken)
     response = await served.complete(stream=True)
     check_error(response, 500, None, None)
     assert "secret" not in response.text

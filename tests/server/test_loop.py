@@ -28,6 +28,7 @@ from server.messages import (
     StepEvent,
     StepStatsEvent,
     StopCommand,
+    TokenScore,
     encode_frame,
     frame_length,
 )
@@ -250,6 +251,26 @@ def test_output_merges_while_nobody_reads() -> None:
         assert steps[-1].finish_reason is FinishReason.LENGTH
         assert len(steps) < 10_000
         assert len(events) - len(steps) < 10_000 + MAX_PENDING_STEP_STATS
+
+
+def test_merged_output_keeps_its_log_probs() -> None:
+    ours, theirs = socket.socketpair()
+    score = TokenScore(-1.0, [(3, -0.5)])
+    with ours, theirs:
+        outbox = Outbox(theirs)
+        first: dict[str, Any] = {"id": "a", "choice": 0, "token_ids": [1], "log_probs": [-0.5]}
+        outbox.put(StepEvent(**first, top_log_probs=[[(1, -0.5)]], prompt_log_probs=[score]))
+        outbox.put(StepEvent(id="a", choice=0, token_ids=[2], log_probs=[-1.5], top_log_probs=[[(4, -0.1)]]))
+        outbox.flush(wait=True)
+        (event,) = Link(ours, queue.SimpleQueue()).until(lambda event: isinstance(event, StepEvent))
+    assert event == StepEvent(
+        id="a",
+        choice=0,
+        token_ids=[1, 2],
+        log_probs=[-0.5, -1.5],
+        top_log_probs=[[(1, -0.5)], [(4, -0.1)]],
+        prompt_log_probs=[score],
+    )
 
 
 def stats(number: int) -> StepStatsEvent:

@@ -27,6 +27,7 @@ from server.messages import (
     StepEvent,
     StepStatsEvent,
     StopCommand,
+    TokenScore,
     encode_frame,
     frame_length,
 )
@@ -38,9 +39,14 @@ GENERATE = GenerateCommand(
     n=3,
     choice_offset=6,
     params=SamplingParams(
-        max_tokens=5, temperature=0.0, seed=-(2**63), stop_token_ids=(3, 4), ignore_eos=True
+        max_tokens=5,
+        temperature=0.0,
+        seed=-(2**63),
+        stop_token_ids=(3, 4),
+        ignore_eos=True,
+        logit_bias=((1, -5.0),),
     ),
-    config=DecodingConfig(method="mtad", acceptance_threshold=0.25),
+    config=DecodingConfig(method="mtad", acceptance_threshold=0.25, candidates_per_level=(2, 3)),
     confirm_end=True,
 )
 COMMANDS: list[Command] = [
@@ -64,6 +70,14 @@ EVENTS: list[Event] = [
     FatalEvent(message="no such model", exit_code=2),
     StepEvent(
         id="a", choice=1, token_ids=[5], log_probs=[-0.1], finish_reason=FinishReason.STOP, stop_token_id=5
+    ),
+    StepEvent(
+        id="a",
+        choice=0,
+        token_ids=[5],
+        log_probs=[float("-inf")],
+        top_log_probs=[[(5, -0.5), (6, float("-inf"))]],
+        prompt_log_probs=[TokenScore(-1.0, [(1, -0.5)])],
     ),
     FinishedEvent(id="a", finish_reasons=[FinishReason.ABORT], stats=STATS),
     FailedEvent(id="a", code="worker_failed", message="x"),

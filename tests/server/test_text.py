@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from decoding import FinishReason
+from server.choice_text import ChoiceText, TextRules
 from server.messages import StepEvent
-from server.text import ChoiceText, Detokenizer, StopMatch, StopScanner, TextCodec
+from server.text import Detokenizer, StopMatch, StopScanner, TextCodec
 from tests.server.fakes import BOS, EOS, byte_tokenizer, ids_of
 
 CODEC = TextCodec(byte_tokenizer())
@@ -129,8 +130,7 @@ def test_choice_counts_up_to_the_completing_token(
     choice = ChoiceText(
         Detokenizer(CODEC, [BOS], skip_special_tokens=True),
         StopScanner(stop_strings, include=False),
-        [],
-        include_stop=False,
+        TextRules(stop_token_ids=[], include_stop=False),
     )
     shown, last = "", None
     parts = pieces(ids, data.draw(cuts(len(ids))))

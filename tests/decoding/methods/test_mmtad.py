@@ -183,3 +183,19 @@ def test_wider_trees_accept_more() -> None:
         means.append(sum(len(output.token_ids) for output in steps) / len(steps))
     assert means == sorted(means)
     assert means[-1] > 1.2 * means[0]
+
+
+def test_reference_is_the_likeliest_beam_of_the_draft() -> None:
+    """p = 0.25 of the better beam under p is under tau 0.5 times q = 0.6 of the best beam under q.
+
+    Judged against the worse beam, q = 0.4, it would pass.
+    """
+    p, q = torch.zeros(4, 4), torch.zeros(4, 4)
+    p[:] = torch.tensor([0.0, 0.2, 0.25, 0.55])
+    q[:] = torch.tensor([0.0, 0.6, 0.4, 0.0])
+    fields = {"num_speculative_tokens": 1, "beam_width": 2, "acceptance_reference": "draft"}
+    text = generate(scripted_pair(p, q), request("a", [1], "mmtad", temperature=0, max_tokens=2, **fields))[
+        "a"
+    ]
+    assert text.steps[0].num_accepted_tokens == 0
+    assert text.token_ids == [3, 3]

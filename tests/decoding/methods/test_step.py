@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -9,63 +10,97 @@ import torch
 from decoding.beam import propose_tree
 from decoding.methods.step import joint_step, single_step
 from decoding.methods.target import SingleModel
+from tests.decoding.laws import ADJUSTING, next_law, of_chain
 from tests.decoding.tiny import batch_of, random_markov, request, scripted_pair
 
 
 def test_packed_step_is_one_tensor_with_everything() -> None:
     """The engine's only copy: counts, flag, ids and log-probs, all exact in float64."""
     pair = scripted_pair(random_markov(5, 0), random_markov(5, 1))
-    batch = batch_of([request("a", [1], max_tokens=9), request("b", [2], max_tokens=2)], 5)
+    sequences = [request("a", [1], max_tokens=9), request("b", [2], max_tokens=2, num_top_log_probs=3)]
+    batch = batch_of(sequences, 5)
     tree, beams = propose_tree(pair.draft, batch)  # type: ignore[arg-type]
     step, _ = joint_step(pair, batch, tree, beams.best())
     packed = step.packed()
     width = batch.depth + 1
-    assert packed.shape == (2, 4 + 2 * width)
+    assert packed.shape == (2, 4 + 2 * width + 2 * 3 * width)
     assert packed[:, 0].tolist() == step.num_tokens.tolist()
     assert packed[:, 1].tolist() == step.num_accepted.tolist()
     assert packed[:, 2].tolist() == [4, 1]
     assert packed[:, 3].tolist() == [1, 1]
     assert torch.equal(packed[:, 4 : 4 + width].long(), step.token_ids)
-    assert torch.equal(packed[:, 4 + width :], step.log_probs)
+    assert torch.equal(packed[:, 4 + width : 4 + 2 * width], step.log_probs)
     assert step.num_nodes == 16
+    assert step.top_ids is not None
+    assert step.top_log_probs is not None
+    for row, values in enumerate(packed.tolist()):
+        found = step.unpack(values)
+        count = int(step.num_tokens[row])
+        assert found.token_ids == step.token_ids[row, :count].tolist()
+        assert found.log_probs == step.log_probs[row, :count].tolist()
+        assert (found.num_accepted, found.finite) == (int(step.num_accepted[row]), True)
+        assert found.num_drafted == int(step.num_drafted[row])
+        expected = [
+            tuple(zip(ids, values, strict=True))
+            for ids, values in zip(
+                step.top_ids[row, :count].tolist(), step.top_log_probs[row, :count].tolist(), strict=True
+            )
+        ]
+        assert found.top_log_probs == expected
 
 
+@pytest.mark.parametrize("adjusting", [{}, ADJUSTING["all"]], ids=["none", "all"])
 @pytest.mark.parametrize("reference", ["draft", "target"])
 @pytest.mark.parametrize("temperature", [0, 0.5])
 @pytest.mark.parametrize("seed", range(8))
-def test_joint_step_keeps_what_the_rule_says(seed: int, temperature: float, reference: str) -> None:
-    """Node by node over a real beam tree, with the transforms in both models.
+def test_proof_08_joint_step_keeps_what_the_rule_says(
+    seed: int, temperature: float, reference: str, adjusting: dict[str, Any]
+) -> None:
+    """Node by node over a real beam tree, with all transforms in both models from each node's own path.
 
-    Guards p taken at the node instead of its parent, and one row's reference used for another.
+    Guards p taken at the node instead of its parent, one row's reference used for another, penalties
+    or min_tokens that do not know the path, and a next token drawn elsewhere than behind the block.
     """
     tau, eos = 0.4, 0
     p, q = random_markov(5, seed, zeros=1), random_markov(5, seed + 50, zeros=1)
     pair = scripted_pair(p, q)
-    fields = {"max_tokens": 9, "num_speculative_tokens": 3, "beam_width": 4, "acceptance_threshold": tau}
+    fields: dict[str, Any] = {"num_speculative_tokens": 3, "beam_width": 4, "acceptance_threshold": tau}
+    fields |= adjusting | {"max_tokens": 9, "temperature": temperature, "seed": seed}
     sequences = [
-        request("a", [1], temperature=temperature, acceptance_reference=reference, seed=seed, **fields),
-        request("b", [2], temperature=temperature, seed=seed, **fields),
+        request("a", [2, 1], acceptance_reference=reference, **fields),
+        request("b", [2], **fields),
     ]
+    for sequence in sequences:
+        sequence.output_ids += [3, 4, 1]
     batch = batch_of(sequences, 5, (eos,))
     tree, beams = propose_tree(pair.draft, batch)  # type: ignore[arg-type]
-    _, path = joint_step(pair, batch, tree, beams.best())
-    law = p if temperature == 0 else p.pow(1 / temperature)
-    log_p = (law / law.sum(1, keepdim=True)).log()
+    step, path = joint_step(pair, batch, tree, beams.best())
+
+    def law(table: torch.Tensor, block: list[int]) -> list[float]:
+        return next_law(of_chain(table), [2, 1], [3, 4, 1, *block], sequences[0].params, (eos,))
+
+    def joint(table: torch.Tensor, block: list[int]) -> float:
+        return sum(law(table, block[:n])[token] for n, token in enumerate(block))
+
     best = [node for node in tree.path(beams.best(), 3)[0].tolist() if node]
-    expected = (-1, -math.inf, 0)
+    expected, chosen = (-1, -math.inf, 0), list[int]()
     for node in range(1, tree.num_nodes):
         if tree.draft_log_probs[0, node] == -math.inf:
             continue
         nodes = [each for each in tree.path(torch.tensor([node, node]), 3)[0].tolist() if each]
-        pairs = list(itertools.pairwise([1, *(int(tree.token_ids[0, each]) for each in nodes)]))
-        joint = sum(log_p[a, b].item() for a, b in pairs)
+        block = [int(tree.token_ids[0, each]) for each in nodes]
+        assert tree.draft_log_probs[0, node].item() == pytest.approx(joint(q, block), abs=1e-9)
         depth = 3 if tree.ended[0, node] else len(nodes)
         bound = tree.draft_log_probs[0, best[min(depth, len(best)) - 1]].item()
         if reference == "target":
-            bound = sum(log_p[a].max().item() for a, _ in pairs)
-        if joint - bound > math.log(tau):
-            expected = max(expected, (depth, joint, -node))
+            bound = sum(max(law(p, block[:n])) for n in range(len(block)))
+        if joint(p, block) - bound > math.log(tau) and (depth, joint(p, block), -node) > expected:
+            expected, chosen = (depth, joint(p, block), -node), block
     assert [node for node in path[0].tolist() if node][-1:] == ([-expected[2]] if expected[2] else [])
+    assert step.token_ids[0, : len(chosen)].tolist() == chosen
+    if temperature == 0 and not (chosen and chosen[-1] == eos):
+        following = law(p, chosen)
+        assert step.token_ids[0, len(chosen)] == following.index(max(following))
 
 
 def test_log_probs_are_of_the_untransformed_target_at_the_tokens_own_parent() -> None:

@@ -1,0 +1,83 @@
+"""Run the engine over many prompts, with what each got and what each step took."""
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+
+from decoding import DecodingConfig, Engine, FinishReason, ModelPair, SamplingParams, Sequence
+
+
+@dataclass
+class Generation:
+    """What one prompt got: tokens, their log-probs, and the steps it took.
+
+    `accepted` and `drafted` are per step the depth that was accepted and the depth that was proposed.
+    """
+
+    token_ids: list[int] = field(default_factory=list)
+    log_probs: list[float] = field(default_factory=list)
+    num_steps: int = 0
+    ended: bool = False
+    accepted: list[int] = field(default_factory=list)
+    drafted: list[int] = field(default_factory=list)
+
+
+@dataclass
+class Timing:
+    """Seconds of the steps in which every row was taken, and of the whole run.
+
+    `step_seconds` are wall seconds of one step each, `step_tokens` what it delivered in all rows,
+    `cpu_seconds` those of the whole process for `num_tokens` tokens, prefill included.
+    """
+
+    step_seconds: list[float] = field(default_factory=list)
+    step_tokens: list[int] = field(default_factory=list)
+    cpu_seconds: float = 0.0
+    num_tokens: int = 0
+
+
+def generate(
+    pair: ModelPair, prompts: list[list[int]], params: SamplingParams, config: DecodingConfig, batch: int
+) -> tuple[list[Generation], Timing]:
+    """Decode every prompt, `batch` rows at a time."""
+    engine = Engine(pair, batch)
+    for index, prompt in enumerate(prompts):
+        engine.add(Sequence(str(index), prompt, params, config, choice=index))
+    results = [Generation() for _ in prompts]
+    timing = Timing()
+    started = time.process_time()
+    while engine.has_work():
+        tokens = 0
+        for output in engine.step():
+            result = results[int(output.id)]
+            result.token_ids += output.token_ids
+            result.log_probs += output.log_probs
+            result.num_steps += 1
+            result.ended = output.finish_reason == FinishReason.STOP
+            result.accepted.append(output.num_accepted_tokens)
+            result.drafted.append(output.num_draft_tokens)
+            tokens += len(output.token_ids)
+        timing.num_tokens += tokens
+        if engine.last_step.num_sequences == batch:
+            timing.step_seconds.append(engine.last_step.decode_seconds)
+            timing.step_tokens.append(tokens)
+    timing.cpu_seconds = time.process_time() - started
+    return results, timing
+
+
+def score(pair: ModelPair, prompt: list[int], token_ids: list[int]) -> list[float]:
+    """The target's untransformed log-probabilities of `token_ids` after `prompt`, in one plain pass."""
+    pair.target.cache.lengths[0] = 0
+    logits = pair.target.prefill(0, prompt + token_ids[:-1], keep=len(token_ids))
+    pair.target.cache.lengths[0] = 0
+    chosen = torch.tensor(token_ids, device=logits.device)[:, None]
+    values: list[float] = logits.log_softmax(-1).gather(1, chosen)[:, 0].tolist()
+    return values
+
+
+def score_all(pair: ModelPair, prompts: list[list[int]], results: Iterable[Generation]) -> None:
+    """Replace the log-probs of `results` by the target's own."""
+    for prompt, result in zip(prompts, results, strict=True):
+        result.log_probs = score(pair, prompt, result.token_ids)

@@ -1,0 +1,95 @@
+"""The row where a prompt is prefilled chunk by chunk, and scored if its log-probabilities are asked for."""
+
+from collections.abc import Sequence as Series
+
+import torch
+from torch import Tensor
+
+from decoding.host import to_host
+from decoding.model import CausalModel
+from decoding.sequence import Sequence, TokenLogProb, top_log_probs
+
+
+class Staging:
+    """One row of every model's cache, behind those of the batch, and what it holds.
+
+    Sequences with the same cached tokens, such as the choices of one prompt, share one prefill.
+    `models` are the target and, if there is one, the draft.
+    """
+
+    def __init__(self, models: Series[CausalModel], row: int, chunk: int) -> None:
+        self._models = list(models)
+        self._row = row
+        self._chunk = chunk
+        self._token_ids: list[int] = []
+        self._scores: list[TokenLogProb] = []
+        self._scored: Sequence | None = None
+
+    def ready(self, sequence: Sequence) -> bool:
+        """Whether the row holds all that `sequence` must have cached; else it is emptied of other prompts."""
+        cached = (sequence.prompt_ids + sequence.output_ids)[:-1]
+        if cached != self._token_ids or not self._scores_fit(sequence):
+            self._begin(sequence, cached)
+        return not self._pending(sequence)
+
+    def advance(self, sequence: Sequence) -> int:
+        """Prefill one chunk; returns its tokens. Call `ready` before and after."""
+        models = self._pending(sequence)
+        start = min(model.cache.lengths[self._row] for model in models)
+        chunk = self._token_ids[start : start + self._chunk]
+        for model in models:
+            if model.cache.lengths[self._row] == start:
+                scored = self._scored
+                if scored is None or model is not self._models[_scoring_role(scored)]:
+                    model.prefill(self._row, chunk)
+                else:
+                    self._score(model.prefill(self._row, chunk, keep=len(chunk)), scored, start)
+        return len(chunk)
+
+    def prompt_log_probs(self, sequence: Sequence) -> list[TokenLogProb] | None:
+        """Log-probs of the prompt's tokens from the second on, None if they were not asked for."""
+        return list(self._scores) if sequence.params.prompt_log_probs else None
+
+    def _begin(self, sequence: Sequence, cached: list[int]) -> None:
+        self._token_ids = cached
+        self._scores = []
+        self._scored = sequence if sequence.params.prompt_log_probs else None
+        for model in self._models:
+            model.cache.clear_row(self._row)
+
+    def _scores_fit(self, sequence: Sequence) -> bool:
+        if not sequence.params.prompt_log_probs:
+            return True
+        return self._scored is not None and _scoring_key(self._scored) == _scoring_key(sequence)
+
+    def _pending(self, sequence: Sequence) -> list[CausalModel]:
+        used = (sequence.config.uses_target, sequence.config.uses_draft)
+        return [
+            model
+            for model, is_used in zip(self._models, used, strict=False)
+            if is_used and model.cache.lengths[self._row] < len(self._token_ids)
+        ]
+
+    def _score(self, logits: Tensor, sequence: Sequence, start: int) -> None:
+        """Add the scores of the tokens that follow those of a chunk, `logits` `[chunk, vocab]`."""
+        following = sequence.prompt_ids[start + 1 : start + 1 + len(logits)]
+        logits = logits[: len(following)]
+        log_probs = logits.log_softmax(-1)
+        chosen = torch.tensor(following, dtype=torch.long, device=logits.device)[:, None]
+        num_top = sequence.params.num_top_log_probs
+        best = log_probs.topk(num_top, dim=-1)
+        parts = (log_probs.gather(1, chosen), best.indices, best.values)
+        packed = torch.cat([part.double() for part in parts], dim=1)
+        for row in to_host(packed):
+            top = top_log_probs(row[1 : 1 + num_top], row[1 + num_top :])
+            self._scores.append(TokenLogProb(row[0], top))
+
+
+def _scoring_role(sequence: Sequence) -> int:
+    """Whose log-probabilities are reported: the target's (0), or of the draft alone its own (1)."""
+    return 0 if sequence.config.uses_target else 1
+
+
+def _scoring_key(sequence: Sequence) -> tuple[int, int, list[int]]:
+    # The prompt's last token is scored but not cached, so equal cached tokens do not make equal scores.
+    return _scoring_role(sequence), sequence.params.num_top_log_probs, sequence.prompt_ids

@@ -1,0 +1,106 @@
+"""Keys: who is let in, that nothing is read before, and which routes are open."""
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from tests.server.conftest import Serve, Served
+from tests.server.test_bad_input import check_error
+
+KEYS = ["first-key", "zweiter-schlüssel"]
+OPEN = {"/health", "/ready", "/metrics"}
+
+
+@pytest.fixture
+async def locked(serve: Serve) -> AsyncIterator[Served]:
+    async with serve(api_key=KEYS) as served:
+        yield served
+
+
+def bearer(key: str | bytes, scheme: bytes = b"Bearer") -> dict[bytes, bytes]:
+    return {b"authorization": scheme + b" " + (key.encode() if isinstance(key, str) else key)}
+
+
+@pytest.mark.parametrize("headers", [bearer(KEYS[0]), bearer(KEYS[1]), bearer(KEYS[0], b"bearer")])
+async def test_a_key_lets_in(locked: Served, headers: Any) -> None:
+    response = await locked.client.post("/v1/completions", json={"model": "tiny"}, headers=headers)
+    assert response.status_code == 200
+
+
+async def test_no_key(locked: Served) -> None:
+    response = await locked.complete()
+    message = check_error(response, 401, None, None)
+    assert message.startswith("You didn't provide an API key")
+    assert response.headers["www-authenticate"] == "Bearer"
+    assert locked.engine.added == []
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        bearer("wrong"),
+        bearer(""),
+        bearer(KEYS[0][:-1]),
+        bearer(KEYS[0] + "x"),
+        bearer("\u0660ключ"),
+        bearer(b"\xff\xfe"),
+        bearer("k" * 60_000),
+        bearer(KEYS[0], b"Basic"),
+        bearer("", b""),
+        {b"authorization": KEYS[0].encode()},
+    ],
+)
+async def test_wrong_keys(locked: Served, headers: Any) -> None:
+    response = await locked.client.post("/v1/completions", json={"model": "tiny"}, headers=headers)
+    check_error(response, 401, "invalid_api_key", None)
+    assert response.headers["www-authenticate"] == "Bearer"
+
+
+async def test_a_body_is_not_read(locked: Served) -> None:
+    async def body() -> Any:
+        raise AssertionError("the body was read")
+        yield b""
+
+    headers = {"authorization": "Bearer wrong", "content-length": str(100_000_000)}
+    response = await locked.client.post("/v1/completions", content=body(), headers=headers)
+    check_error(response, 401, "invalid_api_key", None)
+    assert response.headers["connection"] == "close"
+
+
+async def test_every_route_but_the_open_ones_needs_a_key(locked: Served) -> None:
+    document = locked.app.openapi()
+    paths = {path: next(iter(methods)) for path, methods in document["paths"].items()}
+    assert {"/v1/completions", "/v1/chat/completions", "/tokenize", "/v1/models", *OPEN} <= set(paths)
+    paths |= {"/docs": "get", "/openapi.json": "get", "/nope": "get", "/health/": "get"}
+    for path, method in paths.items():
+        expected = 200 if path in OPEN else 401
+        for address in {path, path.replace("{model_id}", "tiny")}:
+            response = await locked.client.request(method, address)
+            assert response.status_code == expected, address
+    check_error(await locked.client.get("/"), 404, None, None)  # the page is open, and not there yet
+    check_error(await locked.client.get("/nope", headers=bearer(KEYS[0])), 404, None, None)
+
+
+async def test_without_keys_everything_is_open(served: Served) -> None:
+    assert (await served.client.get("/v1/models")).status_code == 200
+
+
+async def test_keys_are_in_no_log(locked: Served, logs: Any) -> None:
+    await locked.client.get("/v1/models", headers=bearer(KEYS[0]))
+    await locked.client.get("/v1/models", headers=bearer("wrong-key"))
+    assert "-key" not in logs.getvalue()
+
+
+async def test_pages_of_allowed_origins_may_ask(serve: Serve) -> None:
+    async with serve(api_key=KEYS, allowed_origins=["https://a.example"]) as served:
+        asked = {"origin": "https://a.example", "access-control-request-method": "POST"}
+        asked["access-control-request-headers"] = "authorization"
+        preflight = await served.client.options("/v1/completions", headers=asked)
+        assert preflight.status_code == 200
+        assert preflight.headers["access-control-allow-origin"] == "https://a.example"
+        refused = await served.client.get("/v1/models", headers={"origin": "https://a.example"})
+        assert refused.status_code == 401
+        assert refused.headers["access-control-allow-origin"] == "https://a.example"
+        other = await served.client.get("/v1/models", headers={"origin": "https://b.example"})
+        assert "access-control-allow-origin" not in other.headers
