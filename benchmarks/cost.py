@@ -94,7 +94,7 @@ def needed_passes(configs: Iterable[DecodingConfig]) -> set[Pass]:
 
 
 def measure_costs(
-    pair: ModelPair, passes: Iterable[Pass], *, batch: int, context: int, rounds: int = 9
+    pair: ModelPair, passes: Iterable[Pass], *, batch: int, context: int, rounds: int = 25
 ) -> CostTable:
     """Time every pass once per round, all of them in turn, behind `context` committed tokens per row."""
     runs = {each: _runner(pair, *each, batch, context) for each in sorted(passes)}

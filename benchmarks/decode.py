@@ -30,6 +30,7 @@ from benchmarks.tasks import Task, make_task
 from decoding import DecodingConfig, SamplingParams
 
 MAX_EXACT_VOCABULARY = 128
+ENERGY_NOTE = "cpu_ms_per_token is a proxy for energy: this machine is not asked for joules"
 Row = dict[str, Any]
 
 
@@ -174,7 +175,8 @@ def run(arguments: argparse.Namespace, show: Callable[[str], None]) -> dict[str,
     """Measure what `arguments` ask for; the JSON document."""
     pair, task = load(arguments)
     configs = list(configurations(arguments.depths, arguments.widths, arguments.thresholds))
-    document: dict[str, Any] = {"settings": vars(arguments), "workload": task.name, "costs": [], "rows": []}
+    document: dict[str, Any] = {"settings": vars(arguments), "workload": task.name, "energy": ENERGY_NOTE}
+    document |= {"costs": [], "rows": []}
     for rows, costs in measure(pair, task, configs, arguments):
         document["environment"] = environment(pair, costs, arguments.dtype)
         document["costs"].append(costs.as_json())
@@ -190,6 +192,7 @@ def run(arguments: argparse.Namespace, show: Callable[[str], None]) -> dict[str,
         show(header())
         for row in rows:
             show(line(row))
+        show(ENERGY_NOTE)
         document["rows"] += [{**row, **shared} for row in rows]
     return document
 

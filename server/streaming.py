@@ -31,8 +31,11 @@ async def collect(generation: Generation) -> dict[str, Any]:
         async for delta in deltas:
             gathered.setdefault(delta.choice, []).append(delta)
     shape, codec = generation.shape, generation.codec
-    whole = [merged(gathered[candidate]) for candidate in generation.ranked()]
-    choices = [shape.whole(codec, index, delta.text, delta) for index, delta in enumerate(whole)]
+    choices = []
+    for index, candidate in enumerate(generation.ranked()):
+        whole = merged(gathered[candidate])
+        choices.append(shape.whole(codec, index, whole.text, whole))
+        await asyncio.sleep(0)  # long scored prompts times many choices would hold up the others
     report = generation.report
     body = generation.body(shape.whole_object, choices)
     return body | {"usage": report.usage(), "metrics": report.metrics()}

@@ -23,6 +23,7 @@ class TextCodec:
         self.tokenizer = tokenizer
         self.longest_token_bytes = max(len(token.encode()) for token in tokenizer.get_vocab())
         self._added = _added_tokens(tokenizer)
+        self._texts: dict[int, str] = {}  # of tokens already shown: a scored prompt shows thousands
         self._byte_of = _byte_alphabet() if _is_byte_level(tokenizer) else {}
 
     @classmethod
@@ -60,11 +61,17 @@ class TextCodec:
 
     def token_text(self, token_id: int) -> str:
         """A token as text; part of a character is `bytes:` and its bytes in hexadecimal, as in OpenAI."""
-        content = self.token_bytes(token_id)
-        try:
-            return content.decode()
-        except UnicodeDecodeError:
-            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in content)
+        text = self._texts.get(token_id)
+        if text is None:
+            text = self._texts[token_id] = _as_text(self.token_bytes(token_id))
+        return text
+
+
+def _as_text(content: bytes) -> str:
+    try:
+        return content.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in content)
 
 
 def _added_tokens(tokenizer: Tokenizer) -> dict[int, str]:

@@ -188,11 +188,12 @@ def parse_arguments() -> argparse.Namespace:
         prog="scripts/train-tiny-pair", description=(__doc__ or "").splitlines()[0]
     )
     parser.add_argument("--out", type=Path, default=Path("models"), help="where the two folders are written")
+    parser.add_argument("--keep-target", action="store_true", help="train the draft alone for what is there")
     parser.add_argument("--target-steps", type=int, default=900)
-    parser.add_argument("--draft-steps", type=int, default=500)
+    parser.add_argument("--draft-steps", type=int, default=220)
     parser.add_argument("--target-layers", type=int, default=5)
     parser.add_argument("--target-width", type=int, default=128)
-    parser.add_argument("--draft-width", type=int, default=96)
+    parser.add_argument("--draft-width", type=int, default=64)
     parser.add_argument("--noise", type=float, default=0.18, help="chance of a mistake per part of an answer")
     parser.add_argument("--rate", type=float, default=4e-3)
     parser.add_argument("--seed", type=int, default=0)
@@ -204,12 +205,15 @@ def main() -> None:
     seed, noise = arguments.seed, arguments.noise
     shared = {"noise": noise, "rate": arguments.rate}
     started = time.monotonic()
-    target = Shape(arguments.target_layers, arguments.target_width).build(seed)
-    fit(target, target_loss(target), steps=arguments.target_steps, seed=seed + 1, name="target", **shared)
+    folders = arguments.out / "tiny-sql", arguments.out / "tiny-sql-draft"
+    if arguments.keep_target:
+        target = LlamaForCausalLM.from_pretrained(folders[0], dtype=torch.float32)
+    else:
+        target = Shape(arguments.target_layers, arguments.target_width).build(seed)
+        fit(target, target_loss(target), steps=arguments.target_steps, seed=seed + 1, name="target", **shared)
+        save(target, folders[0])
     draft = Shape(1, arguments.draft_width).build(seed + 2)
     fit(draft, draft_loss(draft, target), steps=arguments.draft_steps, seed=seed + 3, name="draft", **shared)
-    folders = arguments.out / "tiny-sql", arguments.out / "tiny-sql-draft"
-    save(target, folders[0])
     save(draft, folders[1])
     write_cards(folders, vars(arguments), time.monotonic() - started)
 

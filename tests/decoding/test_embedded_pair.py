@@ -76,7 +76,7 @@ def test_mixed_requests_get_the_text_they_get_alone(pair: ModelPair, prompts: li
             id=str(index),
             prompt_ids=prompts[index],
             params=SamplingParams(
-                max_tokens=5 + 3 * index, temperature=(0.0, 1.0)[index % 2], top_p=0.9, top_k=50, seed=index
+                max_tokens=5 + 2 * index, temperature=(0.0, 1.0)[index % 2], top_p=0.9, top_k=50, seed=index
             ),
             config=DecodingConfig(method=METHODS[index % len(METHODS)], num_speculative_tokens=3),  # type: ignore[arg-type]
         )
