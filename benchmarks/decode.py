@@ -25,7 +25,7 @@ from benchmarks.judge import Judge
 from benchmarks.methods import configurations
 from benchmarks.pairs import NAMES, BenchPair, load_pair
 from benchmarks.speed import Speed, measure_speed
-from benchmarks.table import describe, describe_speed, environment, header, line
+from benchmarks.table import describe, describe_speed, environment, finite, header, line
 from benchmarks.tasks import Task, make_task
 from decoding import DecodingConfig, SamplingParams
 
@@ -193,7 +193,7 @@ def run(arguments: argparse.Namespace, show: Callable[[str], None]) -> dict[str,
         for row in rows:
             show(line(row))
         show(ENERGY_NOTE)
-        document["rows"] += [{**row, **shared} for row in rows]
+        document["rows"] += [finite({**row, **shared}) for row in rows]
     return document
 
 
