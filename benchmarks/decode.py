@@ -93,9 +93,12 @@ def add_speed(rows: list[Row], configs: list[DecodingConfig], speeds: list[Speed
 
 
 def add_gap_shares(rows: list[Row]) -> None:
-    """What part each row reaches of the gain in log-probability of exact joint decoding over `target`."""
+    """What part each row reaches of the gain in log-probability of exact joint decoding over `target`.
+
+    Left out where exact joint decoding gains nothing that can be told from chance.
+    """
     exact = next((row for row in rows if row["method"] == "exact mtjd"), None)
-    if exact is None or exact["difference"] == 0:
+    if exact is None or not exact["interval"][0] > 0:
         return
     for row in rows:
         row["gap_share"] = row["difference"] / exact["difference"]
