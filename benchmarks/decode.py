@@ -25,7 +25,7 @@ from benchmarks.judge import Judge
 from benchmarks.methods import configurations
 from benchmarks.pairs import NAMES, BenchPair, load_pair
 from benchmarks.speed import Speed, measure_speed
-from benchmarks.table import describe, describe_speed, environment, header, line
+from benchmarks.table import describe, describe_speed, environment, finite, header, line
 from benchmarks.tasks import Task, make_task
 from decoding import DecodingConfig, SamplingParams
 
@@ -93,9 +93,12 @@ def add_speed(rows: list[Row], configs: list[DecodingConfig], speeds: list[Speed
 
 
 def add_gap_shares(rows: list[Row]) -> None:
-    """What part each row reaches of the gain in log-probability of exact joint decoding over `target`."""
+    """What part each row reaches of the gain in log-probability of exact joint decoding over `target`.
+
+    Left out where exact joint decoding gains nothing that can be told from chance.
+    """
     exact = next((row for row in rows if row["method"] == "exact mtjd"), None)
-    if exact is None or exact["difference"] == 0:
+    if exact is None or not exact["interval"][0] > 0:
         return
     for row in rows:
         row["gap_share"] = row["difference"] / exact["difference"]
@@ -193,7 +196,7 @@ def run(arguments: argparse.Namespace, show: Callable[[str], None]) -> dict[str,
         for row in rows:
             show(line(row))
         show(ENERGY_NOTE)
-        document["rows"] += [{**row, **shared} for row in rows]
+        document["rows"] += [finite({**row, **shared}) for row in rows]
     return document
 
 

@@ -9,6 +9,7 @@ of `target` on the same prompts, and its steps timed in turn with those of `targ
 import argparse
 import itertools
 import json
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +21,7 @@ from benchmarks.judge import Judge
 from benchmarks.pairs import BenchPair
 from benchmarks.references import DRAFT_REFERENCES, draft_reference
 from benchmarks.speed import measure_speed
-from benchmarks.table import describe
+from benchmarks.table import describe, finite
 from benchmarks.tasks import Task
 from decoding import DecodingConfig, SamplingParams
 
@@ -133,7 +134,7 @@ def measure(
         decode.progress(
             f"{number}/{len(missing)}: T {params.temperature} {row['method']} {reference or ''} depth "
             f"{row['depth']} width {row['width']} tau {row['tau']}: BE {row['BE']:.2f}, S {row['S']:.2f}, "
-            f"{row['difference']:+.4f} nats, right {row.get('right', float('nan')):.3f}"
+            f"{row['difference']:+.4f} nats, right {row.get('right', math.nan):.3f}"
         )
         yield row
 
@@ -170,7 +171,7 @@ def main() -> None:
                 seed=arguments.seed,
             )
             for row in measure(pair, task, params, arguments, known):
-                print(json.dumps(row), file=stream, flush=True)
+                print(json.dumps(finite(row)), file=stream, flush=True)
     print(json.dumps({"out": str(out), "lines": len(out.read_text(encoding="utf-8").splitlines())}))
 
 

@@ -1,5 +1,6 @@
 """Rows of results: what is printed of each, and where the figures come from."""
 
+import math
 import os
 import platform
 import subprocess
@@ -55,9 +56,23 @@ def line(row: dict[str, Any]) -> str:
     return "  ".join(_cell(row.get(name), spec) for name, spec in COLUMNS)
 
 
+def finite(value: Any) -> Any:
+    """`value` as JSON can hold it: what is not a number becomes null, also inside lists and objects."""
+    match value:
+        case dict():
+            return {key: finite(each) for key, each in value.items()}
+        case list():
+            return [finite(each) for each in value]
+        case float() if not math.isfinite(value):
+            return None
+    return value
+
+
 def _cell(value: Any, spec: str) -> str:
     if value is None or value != value:
         return f"{'-':{_alignment(spec)}}"
+    if isinstance(value, list) and None in finite(value):
+        return _cell(None, spec)
     if isinstance(value, list):
         value = "..".join(f"{each:.3f}" for each in value)
     return f"{value:{spec}}" if spec[-1] == "f" else f"{value!s:{spec}}"

@@ -36,7 +36,7 @@ A line with a table's columns and a question, then the SQL query that answers it
 The answers trained on come from an imperfect author: each part of a query (function, column, value,
 comparison, number) is wrong with chance {noise}, and right queries are written in several ways. So the
 models are unsure on purpose: who takes the likeliest answer is mostly right, who samples errs about as
-often as the author. The chance was chosen so that sampling is right in about 60 % of the answers.
+often as the author. The chance was chosen so that sampling is right in about half of the answers.
 
 ## Held-out figures
 

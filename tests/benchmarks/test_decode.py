@@ -75,10 +75,15 @@ def test_judge_compares_scores_with_the_first_texts() -> None:
 
 
 def test_gap_shares_are_of_exact_joint_decoding() -> None:
-    rows = [{"method": name, "difference": value} for name, value in [("target", 0.0), ("mmtad", 0.3)]]
+    rows: list[decode.Row] = [
+        {"method": name, "difference": value} for name, value in [("target", 0.0), ("mmtad", 0.3)]
+    ]
     decode.add_gap_shares(rows)
     assert "gap_share" not in rows[0]
-    rows.append({"method": "exact mtjd", "difference": 0.4})
+    rows.append({"method": "exact mtjd", "difference": 0.4, "interval": [-0.1, 0.9]})
+    decode.add_gap_shares(rows)
+    assert "gap_share" not in rows[0]
+    rows[-1]["interval"] = [0.3, 0.5]
     decode.add_gap_shares(rows)
     assert [row["gap_share"] for row in rows] == pytest.approx([0, 0.75, 1])
 
