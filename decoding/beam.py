@@ -118,9 +118,8 @@ def _extend(
     stays = frozen.gather(1, slots)
     new = torch.arange(first, first + chosen.shape[1], device=chosen.device)
     real = ~stays & (scores > -math.inf)
-    nodes = slice(first, first + chosen.shape[1])
     tree.add_level(
-        nodes.start,
+        first,
         depth,
         token_ids=token_ids,
         parents=parents,
