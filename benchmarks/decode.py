@@ -30,6 +30,7 @@ from benchmarks.tasks import Task, make_task
 from decoding import DecodingConfig, SamplingParams
 
 MAX_EXACT_VOCABULARY = 128
+BEAMS = 4
 ENERGY_NOTE = "cpu_ms_per_token is a proxy for energy: this machine is not asked for joules"
 Row = dict[str, Any]
 
@@ -49,9 +50,8 @@ def baselines(
             {"method": "greedy"},
             generate(pair.pair, task.prompts, greedy, DecodingConfig("target"), batch)[0],
         )
-    width = arguments.widths[0]
-    beams = beam_search(pair.folders[0], task.prompts, width=width, max_tokens=params.max_tokens, ends=ends)
-    yield {"method": "beam search", "width": width}, beams
+    beams = beam_search(pair.folders[0], task.prompts, width=BEAMS, max_tokens=params.max_tokens, ends=ends)
+    yield {"method": "beam search", "width": BEAMS}, beams
     yield {"method": "repetition"}, repetition(texts)
     if pair.pair.vocab_size <= MAX_EXACT_VOCABULARY:
         exact = exact_mtjd(pair.pair, task.prompts, params, batch)

@@ -1,11 +1,11 @@
 """Draw what `benchmarks.sweep` measured: quality against block efficiency and against speed.
 
-python -m benchmarks.plots build/sweep-T.jsonl --out docs/images
+python -m benchmarks.plots build/sweep-T.jsonl build/sweep-E.jsonl --out docs/images
 """
 
 import argparse
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ def frontier(rows: Iterable[Row], speed: str, quality: str) -> list[Row]:
 def draw(axes: Axes, rows: list[Row], speed: str, quality: str) -> None:
     """One panel: all configurations faintly, each reference's frontier as a line, the others labelled."""
     for reference, color in COLORS.items():
-        own = [row for row in rows if row["method"] == "mmtad" and row.get("reference") == reference]
+        own = [row for row in rows if row.get("reference") == reference and speed in row]
         if not own:
             continue
         axes.scatter([r[speed] for r in own], [r[quality] for r in own], s=9, color=color, alpha=0.25, lw=0)
@@ -80,11 +80,16 @@ def _draw_lossless(axes: Axes, rows: list[Row], speed: str, quality: str) -> Non
 
 
 def picture(rows: list[Row], quality: str, title: str, path: Path) -> None:
-    """Two panels side by side with one legend below."""
-    figure, panels = plt.subplots(1, 2, figsize=(11, 5), sharey=True, layout="constrained")
-    for axes, speed in zip(panels, SPEEDS, strict=True):
+    """A panel per measure of speed that the rows have, with one legend below."""
+    speeds = [name for name in SPEEDS if any(name in row and row["method"] == "mmtad" for row in rows)]
+    figure, grid = plt.subplots(
+        1, len(speeds), figsize=(5.5 * len(speeds), 5), sharey=True, squeeze=False, layout="constrained"
+    )
+    panels = grid[0]
+    for axes, speed in zip(panels, speeds, strict=True):
         draw(axes, rows, speed, quality)
-    panels[1].set_ylabel("")
+    for axes in panels[1:]:
+        axes.set_ylabel("")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     figure.suptitle(title, fontsize=11)
@@ -92,30 +97,45 @@ def picture(rows: list[Row], quality: str, title: str, path: Path) -> None:
     plt.close(figure)
 
 
+def shape(row: Row) -> tuple[Any, ...]:
+    """What decides the cost of a row's step."""
+    return tuple(row.get(name) for name in ("pair", "T", "method", "depth", "width"))
+
+
 def read(path: Path) -> list[Row]:
-    """The lines of a sweep."""
-    return [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines()]
+    """The judged lines of a sweep; S is block efficiency over the step's cost, where that was timed."""
+    lines = [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines()]
+    costs = {shape(row): row["step_cost"] for row in lines if row.get("timed")}
+    rows = [row for row in lines if not row.get("timed")]
+    for row in rows:
+        if shape(row) in costs:
+            row["S"] = row["BE"] / costs[shape(row)]
+    return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.plots", description=(__doc__ or "").splitlines()[0]
     )
-    parser.add_argument("sweep", type=Path)
+    parser.add_argument("sweeps", type=Path, nargs="+")
     parser.add_argument("--out", type=Path, default=Path("docs/images"))
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    rows = read(arguments.sweep)
-    written = []
+    written = [path for sweep in arguments.sweeps for path in _pictures(sweep, arguments.out)]
+    print(json.dumps({"images": [str(path) for path in written]}))
+
+
+def _pictures(sweep: Path, folder: Path) -> Iterator[Path]:
+    """Write a picture per temperature and quality of one sweep."""
+    rows = read(sweep)
     for temperature in sorted({row["T"] for row in rows}):
         own = [row for row in rows if row["T"] == temperature]
         for quality in (name for name in QUALITIES if name in own[0]):
-            path = arguments.out / f"{arguments.sweep.stem}-temperature-{temperature:g}-{quality}.png"
+            path = folder / f"{sweep.stem}-temperature-{temperature:g}-{quality}.png"
             title = f"Pair {own[0]['pair']}, temperature {temperature:g}, {own[0]['prompts']} prompts"
             picture(own, quality, title, path)
-            written.append(str(path))
             print(path, flush=True)
-    print(json.dumps({"images": written}))
+            yield path
 
 
 if __name__ == "__main__":

@@ -1,9 +1,13 @@
 """Quality against speed over the numbers of `mmtad`: JSON lines, one per configuration, that can be resumed.
 
-    python -m benchmarks.sweep --pair T --out build/sweep-T.jsonl
+    python -m benchmarks.sweep --pair T --no-timed
+    python -m benchmarks.sweep --pair T --thresholds 0.3 0.9 --references target
 
 Lines that the file already holds are not measured again. Each configuration's texts are compared with those
-of `target` on the same prompts, and its steps timed in turn with those of `target`. Baselines come first.
+of `target` on the same prompts; baselines come first. Last, the steps of each shape (depth and width) are
+timed in turn with those of `target`: what a step costs does not depend on reference and threshold, so these
+lines (`"timed": true`) hold for every line of their shape. They want a quiet machine; `--no-timed` leaves
+them to a later run over the same file.
 """
 
 import argparse
@@ -25,17 +29,23 @@ from benchmarks.table import describe, finite
 from benchmarks.tasks import Task
 from decoding import DecodingConfig, SamplingParams
 
-THRESHOLDS = (0.1, 0.3, 0.5, 0.7, 0.9)
-WIDTHS = (1, 2, 4, 8)
-DEPTHS = (2, 4, 8)
+THRESHOLDS = ("0.1", "0.3", "0.5", "0.7", "0.9")
+WIDTHS = ("1", "2", "4", "8")
+DEPTHS = ("2", "4", "8")
 REFERENCES = ("target", *DRAFT_REFERENCES)
 Row = dict[str, Any]
 
 
-def grid(references: list[str]) -> Iterator[tuple[str, DecodingConfig]]:
-    """Every reference with every configuration of `mmtad`, those of the least nodes first."""
-    for depth, width in sorted(itertools.product(DEPTHS, WIDTHS), key=lambda each: each[0] * each[1]):
-        for reference, threshold in itertools.product(references, THRESHOLDS):
+def grid(arguments: argparse.Namespace) -> Iterator[tuple[str, DecodingConfig]]:
+    """Every reference with every configuration of `mmtad`, those of the least nodes first.
+
+    In a tree of width 1 all references of the draft are the same, so it has one of them.
+    """
+    shapes = itertools.product(arguments.depths, arguments.widths)
+    for depth, width in sorted(shapes, key=lambda each: each[0] * each[1]):
+        for reference, threshold in itertools.product(arguments.references, arguments.thresholds):
+            if width == 1 and reference in ("max", "own"):
+                continue
             yield (
                 reference,
                 DecodingConfig(
@@ -48,22 +58,25 @@ def grid(references: list[str]) -> Iterator[tuple[str, DecodingConfig]]:
             )
 
 
-def lossless() -> list[DecodingConfig]:
+def lossless(depths: list[int]) -> list[DecodingConfig]:
     """The configurations that the sweep is seen against, `target` first."""
     chains = [
         DecodingConfig(method="speculative", num_speculative_tokens=depth, acceptance="block")
-        for depth in DEPTHS
+        for depth in depths
     ]
     trees = [
-        DecodingConfig(method="multi_candidate", candidates_per_level=(width, *(1,) * (depth - 1)))
-        for depth, width in ((2, 4), (4, 4))
+        DecodingConfig(method="multi_candidate", candidates_per_level=(4, *(1,) * (depth - 1)))
+        for depth in depths
     ]
     return [DecodingConfig(method="target"), *chains, *trees]
 
 
 def key(row: Row) -> tuple[Any, ...]:
-    """What makes a line the same measurement."""
-    names = ("pair", "T", "method", "reference", "depth", "width", "tau", "prompts", "seed")
+    """What makes a line the same measurement; a timed line does not say how many texts were judged."""
+    if row.get("timed"):
+        names: tuple[str, ...] = ("pair", "T", "method", "depth", "width", "timed_batch", "timed")
+    else:
+        names = ("pair", "T", "method", "reference", "depth", "width", "tau", "prompts", "seed")
     return tuple(row.get(name) for name in names)
 
 
@@ -76,7 +89,6 @@ class Sweep:
         self._pair, self._task, self._params, self._arguments = pair, task, params, arguments
         self._judge = Judge(task)
         self._plain = DecodingConfig(method="target")
-        self._judged(self._plain)
         self.labels = {
             "pair": pair.label,
             "T": params.temperature,
@@ -90,51 +102,79 @@ class Sweep:
         )
         return {**describe(config), **self._judge.row(results)}
 
+    def begin(self) -> None:
+        """Write the texts of `target`, which all others are compared with."""
+        self._judged(self._plain)
+
     def named(self, reference: str | None, config: DecodingConfig) -> Row:
         """What a configuration's line says before it is measured."""
         return {**describe(config), "reference": reference, **self.labels}
 
+    def named_timing(self, config: DecodingConfig) -> Row:
+        """What the line of a shape's step says before it is measured."""
+        shape = {name: value for name, value in describe(config).items() if name not in ("reference", "tau")}
+        return {**shape, **self.labels, "timed": True, "timed_batch": self._arguments.timed_batch}
+
     def line(self, reference: str | None, config: DecodingConfig) -> Row:
-        """Measure one configuration; S is its speed over that of `target` in the same rounds."""
+        """The quality and block efficiency of one configuration."""
         with draft_reference(reference if reference in DRAFT_REFERENCES else "best"):
             row = self._judged(config)
-            timed = self._task.prompts[: self._arguments.timed_prompts]
-            plain, own = measure_speed(
-                self._pair.pair,
-                timed,
-                self._params,
-                [self._plain, config],
-                self._arguments.timed_batch,
-                self._arguments.repeats,
-                lambda text: None,
-            )
-        speed = row["BE"] * plain.step_seconds / own.step_seconds
-        return {**row, **self.named(reference, config), "S": speed, "spread": own.spread}
+        return {**row, **self.named(reference, config)}
+
+    def timing(self, config: DecodingConfig) -> Row:
+        """What a step costs, in steps of `target` that were timed in the same rounds."""
+        plain, own = measure_speed(
+            self._pair.pair,
+            self._task.prompts[: self._arguments.timed_prompts],
+            self._params,
+            [self._plain, config],
+            self._arguments.timed_batch,
+            self._arguments.repeats,
+            lambda text: None,
+        )
+        cost = own.step_seconds / plain.step_seconds
+        return {**self.named_timing(config), "step_cost": cost, "spread": own.spread}
 
     def baselines(self) -> Iterator[Row]:
-        """Lines without speed: greedy, beam search, repetition, exact joint decoding."""
+        """Greedy, beam search, repetition, exact joint decoding."""
         texts = self._judge.reference
         for labels, results in decode.baselines(self._pair, self._task, self._params, texts, self._arguments):
             score_all(self._pair.pair, self._task.prompts, results)
             yield {**labels, **self._judge.row(results), **self.labels}
 
 
-def measure(
-    pair: BenchPair, task: Task, params: SamplingParams, arguments: argparse.Namespace, known: set[Any]
-) -> Iterator[Row]:
-    """The lines that are not `known` yet."""
-    sweep = Sweep(pair, task, params, arguments)
-    wanted: list[tuple[str | None, DecodingConfig]] = [(None, config) for config in lossless()]
-    wanted += list(grid(arguments.references))
+def judge(sweep: Sweep, arguments: argparse.Namespace, known: set[Any]) -> Iterator[Row]:
+    """The judged lines that are not `known` yet."""
+    wanted: list[tuple[str | None, DecodingConfig]] = [
+        (None, config) for config in lossless(arguments.depths)
+    ]
+    wanted += list(grid(arguments))
     missing = [each for each in wanted if key(sweep.named(*each)) not in known]
-    if key({"method": "repetition", **sweep.labels}) not in known:
+    has_baselines = key({"method": "repetition", **sweep.labels}) in known
+    if missing or not has_baselines:
+        sweep.begin()
+    if not has_baselines:
         yield from sweep.baselines()
     for number, (reference, config) in enumerate(missing, start=1):
         row = sweep.line(reference, config)
         decode.progress(
-            f"{number}/{len(missing)}: T {params.temperature} {row['method']} {reference or ''} depth "
-            f"{row['depth']} width {row['width']} tau {row['tau']}: BE {row['BE']:.2f}, S {row['S']:.2f}, "
+            f"{number}/{len(missing)}: T {row['T']} {row['method']} {reference or ''} depth {row['depth']} "
+            f"width {row['width']} tau {row['tau']}: BE {row['BE']:.2f}, "
             f"{row['difference']:+.4f} nats, right {row.get('right', math.nan):.3f}"
+        )
+        yield row
+
+
+def time_shapes(sweep: Sweep, arguments: argparse.Namespace, known: set[Any]) -> Iterator[Row]:
+    """The timed lines that are not `known` yet, one per shape."""
+    configs = [*lossless(arguments.depths), *(config for _, config in grid(arguments))]
+    shapes = {key(sweep.named_timing(config)): config for config in configs}
+    missing = [config for name, config in shapes.items() if name not in known]
+    for number, config in enumerate(missing, start=1):
+        row = sweep.timing(config)
+        decode.progress(
+            f"{number}/{len(missing)}: T {row['T']} {row['method']} depth {row['depth']} "
+            f"width {row['width']}: a step costs {row['step_cost']:.2f} of target's"
         )
         yield row
 
@@ -144,13 +184,31 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.sweep", add_help=False)
     parser.add_argument("--out", type=Path, default=None)
     parser.add_argument("--references", nargs="+", default=list(REFERENCES), choices=REFERENCES)
+    parser.add_argument("--timed", action=argparse.BooleanOptionalAction, default=True)
     own, rest = parser.parse_known_args(arguments)
-    parsed = decode.parse_arguments(
-        ["--pair", "T", "--prompts", "200", "--repeats", "3", "--timed-prompts", "3", *rest]
-    )
+    lists = ["--depths", *DEPTHS, "--widths", *WIDTHS, "--thresholds", *THRESHOLDS]
+    counts = ["--prompts", "200", "--repeats", "3", "--timed-prompts", "3"]
+    parsed = decode.parse_arguments(["--pair", "T", *lists, *counts, *rest])
     parsed.out = own.out or Path("build", f"sweep-{parsed.pair}.jsonl")
-    parsed.references = own.references
+    parsed.references, parsed.timed = own.references, own.timed
     return parsed
+
+
+def measure(
+    pair: BenchPair, task: Task, arguments: argparse.Namespace, temperature: float, known: set[Any]
+) -> Iterator[Row]:
+    """What the file lacks at one temperature."""
+    params = SamplingParams(
+        arguments.max_tokens,
+        temperature,
+        top_k=arguments.top_k,
+        top_p=arguments.top_p,
+        seed=arguments.seed,
+    )
+    sweep = Sweep(pair, task, params, arguments)
+    yield from judge(sweep, arguments, known)
+    if arguments.timed:
+        yield from time_shapes(sweep, arguments, known)
 
 
 def main() -> None:
@@ -163,14 +221,7 @@ def main() -> None:
     print(f"{out} holds {len(known)} lines", file=sys.stderr)
     with out.open("a", encoding="utf-8") as stream:
         for temperature in arguments.temperatures:
-            params = SamplingParams(
-                arguments.max_tokens,
-                temperature,
-                top_k=arguments.top_k,
-                top_p=arguments.top_p,
-                seed=arguments.seed,
-            )
-            for row in measure(pair, task, params, arguments, known):
+            for row in measure(pair, task, arguments, temperature, known):
                 print(json.dumps(finite(row)), file=stream, flush=True)
     print(json.dumps({"out": str(out), "lines": len(out.read_text(encoding="utf-8").splitlines())}))
 

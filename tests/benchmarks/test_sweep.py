@@ -1,5 +1,6 @@
 """The sweep covers its grid once, resumes, and compares the paper's references."""
 
+import json
 from typing import Any
 
 import pytest
@@ -45,22 +46,32 @@ def test_the_served_reference_comes_back() -> None:
 
 
 def test_grid_holds_every_configuration_once() -> None:
-    found = list(sweep.grid(list(sweep.REFERENCES)))
-    assert len(found) == len(set(found)) == 5 * 4 * 3 * 4
+    found = list(sweep.grid(sweep.parse_arguments([])))
+    assert len(found) == len(set(found)) == 3 * 5 * (2 + 3 * 4)
     assert {c.acceptance_reference for name, c in found if name == "target"} == {"target"}
     assert {c.acceptance_reference for name, c in found if name != "target"} == {"draft"}
 
 
+SMALL = ("--depths", "2", "--widths", "2", "--thresholds", "0.5", "--temperatures", "1", "--repeats", "1")
+
+
 @pytest.mark.slow
-def test_a_second_run_measures_nothing(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweep, "DEPTHS", (2,))
-    monkeypatch.setattr(sweep, "WIDTHS", (2,))
-    monkeypatch.setattr(sweep, "THRESHOLDS", (0.5,))
+def test_a_second_run_measures_only_what_is_missing(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "lines.jsonl"
     command = ["sweep", "--out", str(out), "--prompts", "2", "--max-tokens", "8", "--timed-prompts", "1"]
-    monkeypatch.setattr("sys.argv", [*command, "--repeats", "1", "--temperatures", "1"])
-    sweep.main()
-    first = out.read_text(encoding="utf-8")
-    assert len(first.splitlines()) == 4 + len(sweep.lossless()) + 4
-    sweep.main()
-    assert out.read_text(encoding="utf-8") == first
+    command += SMALL
+
+    def rows(*more: str) -> list[dict[str, Any]]:
+        monkeypatch.setattr("sys.argv", [*command, *more])
+        sweep.main()
+        return [json.loads(text) for text in out.read_text(encoding="utf-8").splitlines()]
+
+    judged = rows("--no-timed")
+    assert len(judged) == 4 + 3 + 4
+    assert not any("timed" in row for row in judged)
+    everything = rows()
+    assert everything[: len(judged)] == judged
+    timed = everything[len(judged) :]
+    assert [row["method"] for row in timed] == ["target", "spec. block", "multi 4x1", "mmtad"]
+    assert all(row["timed"] and row["step_cost"] > 0 for row in timed)
+    assert rows() == everything
