@@ -27,7 +27,7 @@ from benchmarks.pairs import NAMES, BenchPair, load_pair
 from benchmarks.speed import Speed, measure_speed
 from benchmarks.table import describe, describe_speed, environment, finite, header, line
 from benchmarks.tasks import Task, make_task
-from decoding import DecodingConfig, SamplingParams
+from decoding import DecodingConfig, SamplingParams, default_threshold
 
 MAX_EXACT_VOCABULARY = 128
 BEAMS = 4
@@ -105,7 +105,7 @@ def add_gap_shares(rows: list[Row]) -> None:
 
 
 def measure(
-    pair: BenchPair, task: Task, configs: list[DecodingConfig], arguments: argparse.Namespace
+    pair: BenchPair, task: Task, arguments: argparse.Namespace
 ) -> Iterator[tuple[list[Row], CostTable]]:
     """The rows of each temperature, and the cost table measured with them."""
     for temperature in arguments.temperatures:
@@ -116,6 +116,8 @@ def measure(
             top_p=arguments.top_p,
             seed=arguments.seed,
         )
+        thresholds = arguments.thresholds or [default_threshold(greedy=params.greedy)]
+        configs = list(configurations(arguments.depths, arguments.widths, thresholds))
         rows = []
         for row in quality_rows(pair, task, params, configs, arguments):
             progress(f"T {temperature}: {row['method']}, BE {row['BE']:.2f}, {row['log_prob']:.4f} nats")
@@ -153,7 +155,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--depths", type=int, nargs="+", default=[4])
     parser.add_argument("--widths", type=int, nargs="+", default=[4])
-    parser.add_argument("--thresholds", type=float, nargs="+", default=[0.5])
+    parser.add_argument("--thresholds", type=float, nargs="+", help="default: the server's own")
     parser.add_argument("--temperatures", type=float, nargs="+", default=[1.0, 0.0])
     parser.add_argument("--top-k", type=int, default=10)
     parser.add_argument("--top-p", type=float, default=0.9)
@@ -177,10 +179,9 @@ def load(arguments: argparse.Namespace) -> tuple[BenchPair, Task]:
 def run(arguments: argparse.Namespace, show: Callable[[str], None]) -> dict[str, Any]:
     """Measure what `arguments` ask for; the JSON document."""
     pair, task = load(arguments)
-    configs = list(configurations(arguments.depths, arguments.widths, arguments.thresholds))
     document: dict[str, Any] = {"settings": vars(arguments), "workload": task.name, "energy": ENERGY_NOTE}
     document |= {"costs": [], "rows": []}
-    for rows, costs in measure(pair, task, configs, arguments):
+    for rows, costs in measure(pair, task, arguments):
         document["environment"] = environment(pair, costs, arguments.dtype)
         document["costs"].append(costs.as_json())
         shared = {

@@ -8,14 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 from decoding.config import (
     ACCEPTANCE_REFERENCES,
+    GREEDY_THRESHOLD,
     MAX_BEAM_WIDTH,
     MAX_SPECULATIVE_TOKENS,
     MAX_TREE_NODES,
     METHODS,
+    SAMPLING_THRESHOLD,
     DecodingConfig,
+    default_threshold,
 )
 from decoding.errors import ModelLoadError
-from decoding.sequence import FinishReason, SamplingParams, Sequence, SequenceOutput
+from decoding.sequence import GREEDY_TEMPERATURE, FinishReason, SamplingParams, Sequence, SequenceOutput
 
 if TYPE_CHECKING:
     from decoding.embedded import prepare_embedded_pair
@@ -33,10 +36,13 @@ _LAZY = {
 
 __all__ = [
     "ACCEPTANCE_REFERENCES",
+    "GREEDY_TEMPERATURE",
+    "GREEDY_THRESHOLD",
     "MAX_BEAM_WIDTH",
     "MAX_SPECULATIVE_TOKENS",
     "MAX_TREE_NODES",
     "METHODS",
+    "SAMPLING_THRESHOLD",
     "DecodingConfig",
     "Engine",
     "FinishReason",
@@ -46,6 +52,7 @@ __all__ = [
     "Sequence",
     "SequenceOutput",
     "StepStats",
+    "default_threshold",
     "load_model_pair",
     "prepare_embedded_pair",
 ]

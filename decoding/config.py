@@ -15,6 +15,9 @@ ACCEPTANCES: tuple[str, ...] = get_args(Acceptance)
 MAX_SPECULATIVE_TOKENS = 16
 MAX_BEAM_WIDTH = 16
 MAX_TREE_NODES = 64  # beam_width * num_speculative_tokens, root apart
+# From the frontier of quality against block efficiency (docs/decoding.md), at temperature 0 and above it.
+GREEDY_THRESHOLD = 0.7
+SAMPLING_THRESHOLD = 0.5
 MAX_CANDIDATES = 16  # per level; the nodes of all levels are bounded by MAX_TREE_NODES
 
 
@@ -40,6 +43,11 @@ class Preset:
         return 1 + self.depth * self.width
 
 
+def default_threshold(*, greedy: bool) -> float:
+    """The `acceptance_threshold` of a sequence that has none of its own."""
+    return GREEDY_THRESHOLD if greedy else SAMPLING_THRESHOLD
+
+
 @dataclass(frozen=True, slots=True)
 class DecodingConfig:
     """Method and preset of one sequence.
@@ -59,7 +67,7 @@ class DecodingConfig:
     method: MethodName = "mmtad"
     num_speculative_tokens: int = 4
     beam_width: int = 4
-    acceptance_threshold: float = 0.5
+    acceptance_threshold: float = SAMPLING_THRESHOLD
     acceptance_reference: AcceptanceReference = "target"
     acceptance: Acceptance = "token"
     candidates_per_level: tuple[int, ...] = (4, 2, 2)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from decoding import DecodingConfig, SamplingParams
+from decoding import GREEDY_TEMPERATURE, DecodingConfig, SamplingParams
 from server.chat import ChatTemplate
 from server.chat_schemas import ChatMessage, ChatRequest, conversation
 from server.choice_text import Prefix
@@ -132,7 +132,8 @@ class Admission:
         served_model = self.served_model(request.model)
         speculation = Speculation(self._config, has_draft=self._model.has_draft)
         off = request.speculative is False
-        return served_model, speculation.resolve(request.options, served_model, off=off)
+        greedy = _temperature(request) < GREEDY_TEMPERATURE
+        return served_model, speculation.resolve(request.options, served_model, off=off, greedy=greedy)
 
     def _commands(
         self,
@@ -170,7 +171,7 @@ class Admission:
         top = request.num_top_log_probs
         return SamplingParams(
             max_tokens=max_tokens,
-            temperature=_or(request.temperature, 1.0),
+            temperature=_temperature(request),
             top_k=max(_or(request.top_k, 0), 0),
             top_p=_or(request.top_p, 1.0),
             min_p=_or(request.min_p, 0.0),
@@ -233,6 +234,10 @@ def _at_most(
 
 
 T = TypeVar("T")
+
+
+def _temperature(request: GenerationRequest) -> float:
+    return _or(request.temperature, 1.0)
 
 
 def _or(value: T | None, default: T) -> T:

@@ -33,7 +33,13 @@ from pydantic_settings import (
     YamlConfigSettingsSource,
 )
 
-from decoding import MAX_BEAM_WIDTH, MAX_SPECULATIVE_TOKENS, DecodingConfig
+from decoding import (
+    GREEDY_THRESHOLD,
+    MAX_BEAM_WIDTH,
+    MAX_SPECULATIVE_TOKENS,
+    SAMPLING_THRESHOLD,
+    DecodingConfig,
+)
 from server.keys import key_digests
 
 ENVIRONMENT_PREFIX = "MMTAD_"
@@ -59,7 +65,10 @@ class SpeculativeConfig(BaseModel):
     method: MethodName | None = Field(default=None, description="Default: mmtad with a draft, else target.")
     num_speculative_tokens: int = DecodingConfig().num_speculative_tokens
     beam_width: int = DecodingConfig().beam_width
-    acceptance_threshold: float = DecodingConfig().acceptance_threshold
+    acceptance_threshold: float | None = Field(
+        default=None,
+        description=f"Default: {GREEDY_THRESHOLD} at temperature 0, {SAMPLING_THRESHOLD} above it.",
+    )
     acceptance_reference: AcceptanceReference = DecodingConfig().acceptance_reference
     acceptance: Acceptance = DecodingConfig().acceptance
     candidates_per_level: tuple[int, ...] = DecodingConfig().candidates_per_level
@@ -168,9 +177,9 @@ class ServerConfig(BaseSettings):
 
     @property
     def decoding(self) -> DecodingConfig:
-        """How a request that says nothing is decoded; raises ValueError."""
-        values = self.speculative_config.model_dump(exclude={"model"})
-        values["method"] = values["method"] or ("mmtad" if self.has_draft else "target")
+        """How a request that says nothing is decoded, above temperature 0; raises ValueError."""
+        values = self.speculative_config.model_dump(exclude={"model"}, exclude_none=True)
+        values.setdefault("method", "mmtad" if self.has_draft else "target")
         try:
             return DecodingConfig(**values)
         except ValueError as error:

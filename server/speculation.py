@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from decoding import DecodingConfig
+from decoding import DecodingConfig, default_threshold
 from server.config import ServerConfig
 from server.errors import InvalidRequestError
 from server.schemas import SpeculativeOptions
@@ -39,19 +39,21 @@ class Speculation:
         self._config = config
         self._has_draft = has_draft
 
-    def resolve(self, options: SpeculativeOptions, served_model: str, *, off: bool) -> DecodingConfig:
-        """`off` is `speculative: false`; raises InvalidRequestError."""
+    def resolve(
+        self, options: SpeculativeOptions, served_model: str, *, off: bool, greedy: bool
+    ) -> DecodingConfig:
+        """`off` is `speculative: false`, `greedy` temperature 0; raises InvalidRequestError."""
         method = options.method or self._config.decoding.method
         if served_model != self._config.target_id:
             if options.method not in (None, "draft"):
                 raise _only_draft("speculative" if off else "speculative.method")
             method = "draft"
-        decoding = self._merge(options, method)
+        decoding = self._merge(options, method, greedy=greedy)
         if decoding.uses_draft and not self._has_draft:
             raise unsupported("speculative.method", "no draft model is loaded: use 'target' or 'mtjd'")
         return decoding
 
-    def _merge(self, options: SpeculativeOptions, method: str) -> DecodingConfig:
+    def _merge(self, options: SpeculativeOptions, method: str, *, greedy: bool) -> DecodingConfig:
         """A key that the method does not use changes nothing; one that was sent is checked all the same."""
         own, used = self._config.decoding, APPLIED_KEYS[method]
         _at_most("num_speculative_tokens", options.num_speculative_tokens, self._max_depth)
@@ -62,12 +64,16 @@ class Speculation:
         if width is None:
             width = own.beam_width if "beam_width" in used else 1
         threshold = options.acceptance_threshold
+        if threshold is None:
+            threshold = self._config.speculative_config.acceptance_threshold
+        if threshold is None:
+            threshold = default_threshold(greedy=greedy)
         try:
             return DecodingConfig(
                 method=method,  # type: ignore[arg-type]
                 num_speculative_tokens=depth,
                 beam_width=width,
-                acceptance_threshold=own.acceptance_threshold if threshold is None else threshold,
+                acceptance_threshold=threshold,
                 acceptance_reference=options.acceptance_reference or own.acceptance_reference,
                 acceptance=options.acceptance or own.acceptance,
                 candidates_per_level=self._candidates(options) or own.candidates_per_level,

@@ -60,7 +60,7 @@ async def test_response_has_every_field(served: Served) -> None:
         "method": "mmtad",
         "num_speculative_tokens": 4,
         "beam_width": 4,
-        "acceptance_threshold": 0.5,
+        "acceptance_threshold": 0.7,
         "acceptance_reference": "target",
     }
     assert metrics["time_to_first_token_ms"] > 0
@@ -101,6 +101,22 @@ async def test_method_is_applied(served: Served, method: str) -> None:
     assert (body["metrics"]["speculative_decoding"] is None) == (method in ("target", "draft", "mtjd"))
     assert (drafted == 0) == (method in ("target", "draft", "mtjd"))
     assert (body["metrics"]["target_logprob_mean"] is None) == (method == "draft")
+
+
+@pytest.mark.parametrize(
+    ("fields", "threshold"),
+    [
+        ({"temperature": 0}, 0.7),
+        ({"temperature": 0.5}, 0.5),
+        ({}, 0.5),
+        ({"temperature": 0, "speculative": {"acceptance_threshold": 0.2}}, 0.2),
+    ],
+)
+async def test_threshold_follows_the_temperature(
+    served: Served, fields: dict[str, Any], threshold: float
+) -> None:
+    metrics = (await served.complete(**({"temperature": None} | fields))).json()["metrics"]
+    assert metrics["speculative"]["acceptance_threshold"] == threshold
 
 
 async def test_speculative_false_is_target(served: Served) -> None:
