@@ -14,15 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    SecretStr,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     CliSettingsSource,
@@ -33,45 +25,18 @@ from pydantic_settings import (
     YamlConfigSettingsSource,
 )
 
-from decoding import (
-    GREEDY_THRESHOLD,
-    MAX_BEAM_WIDTH,
-    MAX_SPECULATIVE_TOKENS,
-    SAMPLING_THRESHOLD,
-    DecodingConfig,
-)
+from decoding import MAX_BEAM_WIDTH, MAX_SPECULATIVE_TOKENS, DecodingConfig
 from server.keys import key_digests
+from server.speculative_config import SpeculativeConfig
 
 ENVIRONMENT_PREFIX = "MMTAD_"
 EMBEDDED_TARGET_ID = "SmolLM2-135M-Instruct"
 EMBEDDED_DRAFT_ID = f"{EMBEDDED_TARGET_ID}-draft"
 WORKER_LINK_FLAG = "--link-fd"
 
-MethodName = Literal["target", "draft", "speculative", "multi_candidate", "mtjd", "mtad", "mmtad"]
-AcceptanceReference = Literal["draft", "target"]
-Acceptance = Literal["token", "block"]
-
 
 class ConfigError(Exception):
     """The server cannot start as asked. The message is one line: which flag, and the cure."""
-
-
-class SpeculativeConfig(BaseModel):
-    """`--speculative-config`: the draft and how the server speculates unless a request says otherwise."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    model: str | None = Field(default=None, description="Folder or Hub id of the draft model.")
-    method: MethodName | None = Field(default=None, description="Default: mmtad with a draft, else target.")
-    num_speculative_tokens: int = DecodingConfig().num_speculative_tokens
-    beam_width: int = DecodingConfig().beam_width
-    acceptance_threshold: float | None = Field(
-        default=None,
-        description=f"Default: {GREEDY_THRESHOLD} at temperature 0, {SAMPLING_THRESHOLD} above it.",
-    )
-    acceptance_reference: AcceptanceReference = DecodingConfig().acceptance_reference
-    acceptance: Acceptance = DecodingConfig().acceptance
-    candidates_per_level: tuple[int, ...] = DecodingConfig().candidates_per_level
 
 
 class ServerConfig(BaseSettings):
