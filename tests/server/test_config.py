@@ -10,10 +10,7 @@ from decoding import ACCEPTANCE_REFERENCES, METHODS, DecodingConfig
 from decoding.config import ACCEPTANCES
 from server import __main__, __version__
 from server.config import (
-    Acceptance,
-    AcceptanceReference,
     ConfigError,
-    MethodName,
     ServerConfig,
     is_loopback,
     load_config,
@@ -22,6 +19,7 @@ from server.config import (
 )
 from server.keys import is_key, key_digests
 from server.report import fingerprint_source, system_fingerprint
+from server.speculative_config import Acceptance, AcceptanceReference, MethodName
 
 
 @pytest.fixture(autouse=True)
