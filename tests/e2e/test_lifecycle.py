@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import socket
 import ssl
@@ -15,6 +14,7 @@ import pytest
 
 from tests.e2e.conftest import Start, free_port, is_alive, launch, until
 from tests.e2e.tiny import write_model
+from tests.programs import program
 
 pytestmark = pytest.mark.slow
 
@@ -194,11 +194,10 @@ def test_keys_and_a_proxy_path(start: Start, tmp_path: Path) -> None:
         assert "the-key" not in server.log.read_text()
 
 
-@pytest.mark.skipif(shutil.which("openssl") is None, reason="makes its certificate with openssl")
 def test_https(start: Start, tmp_path: Path) -> None:
     key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
     subject = ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"]
-    command = ["openssl", "req", "-x509", "-newkey", "ed25519", "-nodes", "-days", "2", *subject]
+    command = [program("openssl"), "req", "-x509", "-newkey", "ed25519", "-nodes", "-days", "2", *subject]
     subprocess.run([*command, "-keyout", key, "-out", certificate], check=True, capture_output=True)
     with start("--ssl-certfile", str(certificate), "--ssl-keyfile", str(key), wait=False) as server:
         trusted = ssl.create_default_context(cafile=certificate)
