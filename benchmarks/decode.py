@@ -2,6 +2,7 @@
 
     python -m benchmarks.decode --pair T
     python -m benchmarks.decode --pair E --prompts 40 --max-tokens 96
+    python -m benchmarks.decode --pair S --shapes llama-8b-1b --batches 1 4 16
 
 BE is delivered tokens over target steps (for `draft`, over its own). The log-probability is the
 untransformed target's, nats per token, averaged per prompt; its difference to `target` on the same prompts
@@ -17,6 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
+from benchmarks import shapes
 from benchmarks.baselines import beam_search, repetition
 from benchmarks.cost import CostTable, measure_costs, needed_passes, speed_up
 from benchmarks.exact import BLOCK, exact_mtjd
@@ -142,9 +144,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.decode", description=(__doc__ or "").splitlines()[0]
     )
-    parser.add_argument("--pair", default="E", choices=NAMES)
+    parser.add_argument("--pair", default="E", choices=(*NAMES, "S"))
     parser.add_argument("--base", default="T", choices=("E", "T"), help="of pair I")
     parser.add_argument("--extra-layers", type=int, default=24, help="of pair I")
+    shapes.add_arguments(parser)
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--workload", help="default: SQL for T, chat for E")
     parser.add_argument("--prompts", type=int, help="texts that are judged; default 400 for T, 40 for E")
@@ -178,11 +181,20 @@ def load(arguments: argparse.Namespace) -> tuple[BenchPair, Task]:
 
 def run(arguments: argparse.Namespace, show: Callable[[str], None]) -> dict[str, Any]:
     """Measure what `arguments` ask for; the JSON document."""
+    if arguments.pair == "S":
+        return shapes.run(arguments, show)
     pair, task = load(arguments)
     document: dict[str, Any] = {"settings": vars(arguments), "workload": task.name, "energy": ENERGY_NOTE}
     document |= {"costs": [], "rows": []}
     for rows, costs in measure(pair, task, arguments):
-        document["environment"] = environment(pair, costs, arguments.dtype)
+        document["environment"] = environment(
+            pair.label,
+            pair.pair,
+            costs,
+            parameters=pair.parameters,
+            step_bytes=pair.step_bytes,
+            dtype=arguments.dtype,
+        )
         document["costs"].append(costs.as_json())
         shared = {
             **document["environment"],

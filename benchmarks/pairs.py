@@ -3,8 +3,7 @@
 E, embedded: the target out of an installed package and the draft shipped here. T: the small pair trained
 here (`scripts/train-tiny-pair`). I, inflated: E or T with extra target layers whose output projections
 are zero, so the same function and acceptance at a chosen cost. S, shapes: random weights in the shapes
-of a real pair, for GPUs only; synthetic acceptance is not implemented, so S tells the cost of a step and
-nothing of block efficiency.
+of a real pair (`benchmarks.shapes`), with synthetic acceptance.
 """
 
 import shutil
@@ -13,44 +12,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from decoding import ModelPair, load_model_pair, prepare_embedded_pair
 from decoding.linear import Float16Linear
 from decoding.model import CausalModel
 
-NAMES = ("E", "T", "I", "S")
+NAMES = ("E", "T", "I")
 MODELS_FOLDER = Path(__file__).parent.parent / "models"
 TINY_FOLDERS = (str(MODELS_FOLDER / "tiny-sql"), str(MODELS_FOLDER / "tiny-sql-draft"))
 OUTPUT_PROJECTIONS = ("self_attn.o_proj.weight", "mlp.down_proj.weight")
-
-# Llama-3.1-8B and Llama-3.2-1B.
-SHAPES: dict[str, dict[str, Any]] = {
-    "target": {
-        "vocab_size": 128_256,
-        "hidden_size": 4096,
-        "intermediate_size": 14_336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "max_position_embeddings": 8192,
-    },
-    "draft": {
-        "vocab_size": 128_256,
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "max_position_embeddings": 8192,
-        "tie_word_embeddings": True,
-    },
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +61,6 @@ def load_pair(
     """
     if name not in NAMES:
         raise ValueError(f"no pair {name!r}; there are: {', '.join(NAMES)}")
-    if name == "S":
-        raise ValueError("pair S is not run here without a GPU, and has no text; see build_shapes")
     source = base if name == "I" else name
     label = f"I({base}+{extra_layers})" if name == "I" else name
     folders = TINY_FOLDERS if source == "T" else prepare_embedded_pair()
@@ -101,7 +74,7 @@ def load_pair(
         pair=pair,
         folders=folders,
         tokenizer=PreTrainedTokenizerFast.from_pretrained(folders[0]),
-        parameters=(_parameters(pair.target), _parameters(pair.models["draft"])),
+        parameters=(num_parameters(pair.target), num_parameters(pair.models["draft"])),
         step_bytes=linear_bytes(pair.target.module),
     )
 
@@ -141,40 +114,6 @@ def inflate(source: Path, extra_layers: int, folder: Path) -> None:
     config.save_pretrained(folder)
 
 
-def build_shapes(
-    shapes: dict[str, dict[str, Any]],
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-    rows: int,
-    max_model_len: int,
-) -> ModelPair:
-    """Pair S: random weights in `shapes` of `target` and `draft`, built in place on `device`."""
-    models = {}
-    for role, shape in shapes.items():
-        with torch.device(device):
-            module: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-                LlamaConfig(**shape), dtype=dtype
-            )
-        models[role] = CausalModel(
-            module.train(False),
-            rows=rows,
-            max_model_len=max_model_len,
-            vocab_size=shape["vocab_size"],
-            device=device,
-        )
-    return ModelPair(
-        target=models["target"],
-        draft=models["draft"],
-        vocab_size=min(shape["vocab_size"] for shape in shapes.values()),
-        max_model_len=max_model_len,
-        eos_token_ids=(),
-        bos_token_id=None,
-        tokenizer_file=Path("none"),
-        description="random weights",
-    )
-
-
 def linear_bytes(module: nn.Module) -> int:
     """Bytes of the weights of all linear layers."""
     total = 0
@@ -186,7 +125,7 @@ def linear_bytes(module: nn.Module) -> int:
     return total
 
 
-def _parameters(model: CausalModel) -> int:
+def num_parameters(model: CausalModel) -> int:
     """Parameters as loaded, a tied head counted once."""
     tied = bool(model.module.config.get_text_config().tie_word_embeddings)
     total = sum(weight.numel() for weight in model.module.parameters())

@@ -10,9 +10,8 @@ import torch
 
 from benchmarks.cost import CostTable, SpeedUp
 from benchmarks.generation import Generation
-from benchmarks.pairs import BenchPair
 from benchmarks.quality import distinct, longest_repeat, survival
-from decoding import DecodingConfig
+from decoding import DecodingConfig, ModelPair
 
 COLUMNS = (
     ("method", "<15"),
@@ -132,8 +131,13 @@ def describe_speed(values: SpeedUp) -> dict[str, Any]:
     }
 
 
-def environment(pair: BenchPair, costs: CostTable, dtype: str) -> dict[str, Any]:
-    """Where the figures come from; it holds for every row of a run."""
+def environment(
+    label: str, pair: ModelPair, costs: CostTable, *, parameters: tuple[int, int], step_bytes: int, dtype: str
+) -> dict[str, Any]:
+    """Where the figures come from; it holds for every row of a run.
+
+    `parameters` are those of target and draft, `step_bytes` the weights that one pass of the target streams.
+    """
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"],  # noqa: S607 - whichever git the caller has
         capture_output=True,
@@ -141,16 +145,20 @@ def environment(pair: BenchPair, costs: CostTable, dtype: str) -> dict[str, Any]
         check=False,
     )
     return {
-        "pair": pair.label,
-        "models": pair.pair.description,
-        "parameters": list(pair.parameters),
+        "pair": label,
+        "models": pair.description,
+        "parameters": list(parameters),
         "dtype": dtype,
-        "bytes_per_step": pair.step_bytes,
+        "bytes_per_step": step_bytes,
         "copy_gb_per_s": round(costs.copy_bandwidth / 1e9, 2),
-        "device": str(pair.pair.device),
+        "device": _device_name(pair.device),
         "machine": platform.machine(),
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "commit": commit.stdout.strip() or None,
     }
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
