@@ -147,6 +147,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--pair", default="E", choices=(*NAMES, "S"))
     parser.add_argument("--base", default="T", choices=("E", "T"), help="of pair I")
     parser.add_argument("--extra-layers", type=int, default=24, help="of pair I")
+    parser.add_argument("--draft", help="folder or Hub id of another draft for the pair's target")
     shapes.add_arguments(parser)
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--workload", help="default: SQL for T, chat for E")
@@ -172,6 +173,7 @@ def load(arguments: argparse.Namespace) -> tuple[BenchPair, Task]:
         arguments.pair,
         base=arguments.base,
         extra_layers=arguments.extra_layers,
+        draft=arguments.draft,
         dtype=arguments.dtype,
         max_num_seqs=rows,
     )

@@ -50,11 +50,13 @@ def load_pair(
     *,
     base: str = "T",
     extra_layers: int = 24,
+    draft: str | None = None,
     dtype: str = "auto",
     max_model_len: int | None = None,
     max_num_seqs: int = 16,
 ) -> BenchPair:
-    """Load pair `name`; `base` and `extra_layers` matter for I only.
+    """Load pair `name`; `base` and `extra_layers` matter for I only. `draft` is a folder or Hub id of another
+    draft for the same target.
 
     Raises:
         ValueError: there is no such pair, or it cannot run on this machine.
@@ -64,9 +66,11 @@ def load_pair(
     source = base if name == "I" else name
     label = f"I({base}+{extra_layers})" if name == "I" else name
     folders = TINY_FOLDERS if source == "T" else prepare_embedded_pair()
-    with _inflated(folders, extra_layers if name == "I" else 0) as (target, draft):
+    if draft is not None:
+        label, folders = f"{label}, draft {Path(draft).name}", (folders[0], draft)
+    with _inflated(folders, extra_layers if name == "I" else 0) as (target_folder, draft_folder):
         pair = load_model_pair(
-            target, draft, dtype=dtype, max_model_len=max_model_len, max_num_seqs=max_num_seqs
+            target_folder, draft_folder, dtype=dtype, max_model_len=max_model_len, max_num_seqs=max_num_seqs
         )
     return BenchPair(
         label=label,

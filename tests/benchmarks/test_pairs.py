@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from benchmarks.pairs import inflate, linear_bytes, load_pair
+from benchmarks.pairs import TINY_FOLDERS, inflate, linear_bytes, load_pair
 from benchmarks.tiny.train import Shape, save
 
 IDS = torch.tensor([[1, 5, 9, 20]])
@@ -36,3 +36,10 @@ def test_the_small_pair_has_its_label_and_sizes() -> None:
     assert (pair.label, pair.base) == ("I(T+2)", "T")
     assert pair.parameters[0] > pair.parameters[1] > 50_000
     assert pair.step_bytes > 500_000
+
+
+@pytest.mark.slow
+def test_another_draft_takes_the_place_of_the_own_one() -> None:
+    pair = load_pair("T", draft=TINY_FOLDERS[0], max_num_seqs=2)
+    assert pair.label == "T, draft tiny-sql"
+    assert pair.parameters[0] == pair.parameters[1]
