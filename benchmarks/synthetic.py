@@ -67,7 +67,7 @@ class Acceptance:
             _, law = descend(method, tree, batch, *rest)
             sizes = level_sizes(batch.preset.candidates)
             starts = torch.tensor([sum(sizes[:level]) for level in range(len(sizes))], device=law.device)
-            return starts[batch.limits().clamp(max=min(self.depth(), batch.depth))], law
+            return starts[batch.limits.clamp(max=min(self.depth(), batch.depth))], law
 
         return first_children
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence as Series
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -21,8 +21,9 @@ class Batch:
     """Rows of one preset: where they stand and what each asked for.
 
     `lengths` `[rows]` are committed columns, so also the root's column; `last_tokens` `[rows, 2]` the
-    last committed token and the root; `limits()` the depth each row may still propose. Built from the
-    sequences when the group changes, advanced on the device by each step.
+    last committed token and the root. `limits` `[rows]` is the depth that each row may propose in this
+    step, `streams` `[rows]` what its random numbers are counted from. Built from the sequences when the
+    group changes, advanced on the device by each step.
     """
 
     rows: slice
@@ -39,6 +40,11 @@ class Batch:
     sampling: RowSampling
     adjustments: Adjustments | None
     num_top_log_probs: int
+    limits: Tensor = field(init=False)
+    streams: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._begin_step()
 
     @classmethod
     def of(
@@ -89,13 +95,11 @@ class Batch:
     def roots(self) -> Tensor:
         return self.last_tokens[:, 1]
 
-    def limits(self) -> Tensor:
-        """Depth of this step for each row; one token is left for the target, which `mtjd` has no need of."""
+    def _begin_step(self) -> None:
+        """One token of a step is left for the target, which `mtjd` has no need of."""
         reserved = 0 if self.preset.method == "mtjd" else 1
-        return (self.remaining - reserved).clamp(min=0, max=self.depth)
-
-    def streams(self) -> Tensor:
-        return step_streams(self.seeds, self.choices, self.steps)
+        self.limits = (self.remaining - reserved).clamp(min=0, max=self.depth)
+        self.streams = step_streams(self.seeds, self.choices, self.steps)
 
     def ends(self, token_ids: Tensor) -> Tensor:
         """Whether each of `token_ids` `[rows, tokens]` ends its sequence."""
@@ -117,6 +121,7 @@ class Batch:
         self.lengths = self.lengths + num_tokens
         self.remaining = self.remaining - num_tokens
         self.steps = self.steps + 1
+        self._begin_step()
         if self.adjustments is not None:
             self.adjustments.advance(delivered, num_tokens)
 

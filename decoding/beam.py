@@ -54,7 +54,7 @@ def beam_search(
     tree, the final beams and the logits of each level's parents, `[rows, beams, vocab]`.
     (Qin et al. 2025; sampling is a Plackett-Luce draw by Gumbel-top-k.)
     """
-    width, limits, streams = batch.width, batch.limits(), batch.streams()
+    width, limits, streams = batch.width, batch.limits, batch.streams
     tree = TokenTree.of_roots(batch.roots, 1 + batch.depth * width)
     beams = Beams(tree.parents[:, :1], tree.draft_log_probs[:, :1])
     levels = [logits]

@@ -193,13 +193,15 @@ class Engine:
 
     def _next_group(self) -> tuple[Preset, slice] | None:
         """The group that has waited longest for a pass."""
-        groups = list(self._rows.groups())
+        groups = dict(self._rows.groups())
         if not groups:
             return None
-        preset, rows = min(groups, key=lambda group: self._last_turn.get(group[0], -1))
+        # Presets are many: those that no row has any more are forgotten.
+        self._last_turn = {preset: self._last_turn.get(preset, -1) for preset in groups}
+        preset = min(self._last_turn, key=self._last_turn.__getitem__)
         self._num_steps += 1
         self._last_turn[preset] = self._num_steps
-        return preset, rows
+        return preset, groups[preset]
 
     def _decode(self, preset: Preset, rows: slice) -> list[SequenceOutput]:
         sequences = self._rows.sequences[rows]

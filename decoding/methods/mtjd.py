@@ -33,7 +33,7 @@ class MTJD:
             log_probs=log_probs,
             num_tokens=num_tokens,
             num_accepted=num_tokens - 1,
-            num_drafted=batch.limits() - 1,
+            num_drafted=batch.limits - 1,
             finite=tree.finite & levels[0].logsumexp(-1).isfinite().all(1),
             num_nodes=tree.num_nodes - 1,
             top_ids=top_ids,

@@ -20,7 +20,7 @@ class MultiCandidate:
 
     def step(self, pair: ModelPair, batch: Batch) -> DecodeStep:
         assert pair.draft is not None
-        lengths, streams = batch.lengths, batch.streams()
+        lengths, streams = batch.lengths, batch.streams
         tree, draft_log_probs = self._propose(pair.draft, batch, streams)
         logits = pair.target.forward(batch.rows, lengths, tree)
         target_log_probs = batch.log_probs(logits, tree, point_mass=True)
@@ -87,7 +87,7 @@ class MultiCandidate:
         draft_log_probs: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """The deepest accepted node `[rows]` and the law of the token behind it, `[rows, vocab]` in logs."""
-        limits, sizes = batch.limits(), level_sizes(batch.preset.candidates)
+        limits, sizes = batch.limits, level_sizes(batch.preset.candidates)
         node = place = torch.zeros_like(limits)
         law, going = target_log_probs[:, 0], torch.ones_like(limits, dtype=torch.bool)
         first = 0

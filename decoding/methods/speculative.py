@@ -21,7 +21,7 @@ class Speculative:
 
     def step(self, pair: ModelPair, batch: Batch) -> DecodeStep:
         assert pair.draft is not None
-        limits, streams = batch.limits(), batch.streams()
+        limits, streams = batch.limits, batch.streams
         tree, draft_log_probs = _propose_chain(pair.draft, batch, limits, streams)
         logits = pair.target.forward(batch.rows, batch.lengths, tree)
         depths = torch.arange(1, batch.depth + 1, device=streams.device)

@@ -93,7 +93,7 @@ def joint_step(
     `final_nodes` `[rows]` is the final beam of highest joint q. The target's cache is left to the
     caller to commit. Returns the step and the accepted path `[rows, depth]` of nodes.
     """
-    limits = batch.limits()
+    limits = batch.limits
     logits = pair.target.forward(batch.rows, batch.lengths, tree)
     adjusted = batch.adjusted(logits, tree)
     log_probs = to_log_probs(adjusted, batch.sampling, point_mass=False)
@@ -103,7 +103,7 @@ def joint_step(
     )
     path = tree.path(node, batch.depth)
     next_log_probs = to_log_probs(gather_at(adjusted, node)[:, None], batch.sampling, point_mass=True)[:, 0]
-    next_ids = sample(next_log_probs, uniforms(batch.streams(), Draw.NEXT))
+    next_ids = sample(next_log_probs, uniforms(batch.streams, Draw.NEXT))
     num_accepted = gather_at(tree.depths, node)
     step = collect(batch, tree, path, logits, num_accepted, next_ids, ended=gather_at(tree.ended, node))
     return step, path
@@ -135,7 +135,7 @@ def collect(
         log_probs=_raw_log_probs(logits, normalisers, sources, token_ids),
         num_tokens=num_tokens,
         num_accepted=num_accepted,
-        num_drafted=batch.limits().clamp(max=depth),
+        num_drafted=batch.limits.clamp(max=depth),
         finite=normalisers.isfinite().all(1) & tree.finite,
         num_nodes=tree.num_nodes - 1,
         top_ids=top_ids,
@@ -150,7 +150,7 @@ def single_step(model: CausalModel, batch: Batch) -> DecodeStep:
     tree = TokenTree.of_roots(batch.roots, 1)
     logits = model.forward(batch.rows, batch.lengths, tree)
     log_probs = batch.log_probs(logits, tree, point_mass=True)[:, 0]
-    next_ids = sample(log_probs, uniforms(batch.streams(), Draw.NEXT))
+    next_ids = sample(log_probs, uniforms(batch.streams, Draw.NEXT))
     nothing = torch.zeros_like(next_ids)
     return collect(batch, tree, tree.parents[:, :0], logits, nothing, next_ids)
 

@@ -27,7 +27,7 @@ def test_batch_holds_what_its_sequences_say() -> None:
 
 def test_limits_leave_one_token_for_the_target() -> None:
     batch = batch_of([request(str(left), [1], max_tokens=left) for left in (1, 2, 4, 5, 9)])
-    assert batch.limits().tolist() == [0, 1, 3, 4, 4]
+    assert batch.limits.tolist() == [0, 1, 3, 4, 4]
 
 
 def test_ends_are_each_rows_own() -> None:
@@ -51,13 +51,13 @@ def test_ends_are_each_rows_own() -> None:
 def test_advance_takes_over_one_and_many_tokens() -> None:
     """After one token the last committed one is the old root, after more it is among the delivered."""
     batch = batch_of([request("a", [5, 6], max_tokens=9), request("b", [7, 8], max_tokens=9)])
-    streams = batch.streams()
+    streams = batch.streams
     batch.advance(torch.tensor([[1, 0, 0], [2, 3, 4]]), torch.tensor([1, 3]))
     assert batch.last_tokens.tolist() == [[6, 1], [3, 4]]
     assert batch.lengths.tolist() == [2, 4]
     assert batch.remaining.tolist() == [8, 6]
     assert batch.steps.tolist() == [1, 1]
-    assert not (batch.streams() == streams).any()
+    assert not (batch.streams == streams).any()
 
 
 def test_streams_depend_on_seed_choice_and_step() -> None:
@@ -66,4 +66,4 @@ def test_streams_depend_on_seed_choice_and_step() -> None:
     ]
     sequences.append(request("later", [1], seed=1))
     sequences[-1].num_steps = 1
-    assert batch_of(sequences).streams().unique().numel() == 3
+    assert batch_of(sequences).streams.unique().numel() == 3

@@ -259,6 +259,6 @@ def test_noise_follows_the_token_not_its_rank() -> None:
     """A draft whose ranking shifts a little must not reshuffle the noise of every candidate."""
     probs = random_markov(100, 9)
     batch = batch_for(1, 100, width=1, depth=1, rows=40, temperature=0.5)
-    noise = gumbel(uniforms(batch.streams()[:, None], Draw.BEAM, 1, 0, torch.arange(100)))
+    noise = gumbel(uniforms(batch.streams[:, None], Draw.BEAM, 1, 0, torch.arange(100)))
     tree, _ = propose(probs, batch)
     assert tree.token_ids[:, 1].tolist() == (2 * probs[1].log() + noise).argmax(1).tolist()

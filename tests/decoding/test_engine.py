@@ -651,6 +651,16 @@ def test_finished_id_may_be_used_again(pair: ModelPair) -> None:
         drain(engine)
 
 
+def test_presets_are_forgotten_with_their_last_row(pair: ModelPair) -> None:
+    """A client can name thousands of them."""
+    engine = Engine(pair, 2)
+    for depth in range(1, 9):
+        engine.add(request(str(depth), [4], "mmtad", max_tokens=2, num_speculative_tokens=depth))
+        drain(engine)
+    assert len(engine._last_turn) <= 1
+    assert len(engine._batches) <= 1
+
+
 def test_round_robin_starves_no_group(pair: ModelPair) -> None:
     """Any three decode steps in a row serve all three groups, however many rows each has."""
     engine = Engine(pair, 9)

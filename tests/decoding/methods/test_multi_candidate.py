@@ -89,7 +89,7 @@ def test_nodes_are_numbered_level_by_level() -> None:
     pair = scripted_pair(q, q)
     assert pair.draft is not None
     batch = batch_of([request("a", [1], "multi_candidate", seed=4), request("b", [2], "multi_candidate")], 6)
-    tree, laws = MultiCandidate()._propose(pair.draft, batch, batch.streams())
+    tree, laws = MultiCandidate()._propose(pair.draft, batch, batch.streams)
     assert laws.shape == (2, 13, 6)
     assert tree.parents[0].tolist() == [0] * 5 + [node for node in range(1, 13) for _ in range(2)]
     for row in range(2):
@@ -109,7 +109,7 @@ def test_children_without_replacement_are_distinct_and_fresh_at_every_node() -> 
     pair = scripted_pair(q, q)
     assert pair.draft is not None
     batch = batch_of([request(str(n), [1], "multi_candidate", seed=n) for n in range(9)], 40)
-    tree, _ = MultiCandidate()._propose(pair.draft, batch, batch.streams())
+    tree, _ = MultiCandidate()._propose(pair.draft, batch, batch.streams)
     drawn = set()
     for row in range(9):
         for parent in range(13):
