@@ -16,12 +16,12 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
 Row = dict[str, Any]
-COLORS = {"target": "#0072b2", "best": "#d55e00", "max": "#009e73", "own": "#cc79a7"}
+COLORS = {"target": "#0072b2", "draft": "#d55e00", "max": "#009e73", "own": "#cc79a7"}
 NAMES = {
     "target": "mmtad, reference target",
-    "best": "mmtad, reference draft (best)",
-    "max": "mmtad, draft's maximum",
-    "own": "mmtad, node's own",
+    "draft": "mmtad, reference draft",
+    "max": "mmtad, draft's maximum (not served)",
+    "own": "mmtad, node's own (not served)",
 }
 LEVELS = {"greedy": ":", "beam search": "--", "exact mtjd": "-."}
 QUALITIES = {"right": "right answers", "difference": "log-probability over sampling, nats per token"}

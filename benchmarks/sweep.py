@@ -23,7 +23,6 @@ from benchmarks import decode
 from benchmarks.generation import generate, score_all
 from benchmarks.judge import Judge
 from benchmarks.pairs import BenchPair
-from benchmarks.references import DRAFT_REFERENCES, draft_reference
 from benchmarks.speed import measure_speed
 from benchmarks.table import describe, finite
 from benchmarks.tasks import Task
@@ -32,29 +31,21 @@ from decoding import DecodingConfig, SamplingParams
 THRESHOLDS = ("0.1", "0.3", "0.5", "0.7", "0.9")
 WIDTHS = ("1", "2", "4", "8")
 DEPTHS = ("2", "4", "8")
-REFERENCES = ("target", *DRAFT_REFERENCES)
+REFERENCES = ("target", "draft")
 Row = dict[str, Any]
 
 
-def grid(arguments: argparse.Namespace) -> Iterator[tuple[str, DecodingConfig]]:
-    """Every reference with every configuration of `mmtad`, those of the least nodes first.
-
-    In a tree of width 1 all references of the draft are the same, so it has one of them.
-    """
+def grid(arguments: argparse.Namespace) -> Iterator[DecodingConfig]:
+    """Every configuration of `mmtad`, those of the least nodes first."""
     shapes = itertools.product(arguments.depths, arguments.widths)
     for depth, width in sorted(shapes, key=lambda each: each[0] * each[1]):
         for reference, threshold in itertools.product(arguments.references, arguments.thresholds):
-            if width == 1 and reference in ("max", "own"):
-                continue
-            yield (
-                reference,
-                DecodingConfig(
-                    method="mmtad",
-                    num_speculative_tokens=depth,
-                    beam_width=width,
-                    acceptance_threshold=threshold,
-                    acceptance_reference="target" if reference == "target" else "draft",
-                ),
+            yield DecodingConfig(
+                method="mmtad",
+                num_speculative_tokens=depth,
+                beam_width=width,
+                acceptance_threshold=threshold,
+                acceptance_reference=reference,
             )
 
 
@@ -106,20 +97,18 @@ class Sweep:
         """Write the texts of `target`, which all others are compared with."""
         self._judged(self._plain)
 
-    def named(self, reference: str | None, config: DecodingConfig) -> Row:
+    def named(self, config: DecodingConfig) -> Row:
         """What a configuration's line says before it is measured."""
-        return {**describe(config), "reference": reference, **self.labels}
+        return {**describe(config), **self.labels}
 
     def named_timing(self, config: DecodingConfig) -> Row:
         """What the line of a shape's step says before it is measured."""
         shape = {name: value for name, value in describe(config).items() if name not in ("reference", "tau")}
         return {**shape, **self.labels, "timed": True, "timed_batch": self._arguments.timed_batch}
 
-    def line(self, reference: str | None, config: DecodingConfig) -> Row:
+    def line(self, config: DecodingConfig) -> Row:
         """The quality and block efficiency of one configuration."""
-        with draft_reference(reference if reference in DRAFT_REFERENCES else "best"):
-            row = self._judged(config)
-        return {**row, **self.named(reference, config)}
+        return {**self._judged(config), **self.labels}
 
     def timing(self, config: DecodingConfig) -> Row:
         """What a step costs, in steps of `target` that were timed in the same rounds."""
@@ -145,21 +134,18 @@ class Sweep:
 
 def judge(sweep: Sweep, arguments: argparse.Namespace, known: set[Any]) -> Iterator[Row]:
     """The judged lines that are not `known` yet."""
-    wanted: list[tuple[str | None, DecodingConfig]] = [
-        (None, config) for config in lossless(arguments.depths)
-    ]
-    wanted += list(grid(arguments))
-    missing = [each for each in wanted if key(sweep.named(*each)) not in known]
+    wanted = [*lossless(arguments.depths), *grid(arguments)]
+    missing = [config for config in wanted if key(sweep.named(config)) not in known]
     has_baselines = key({"method": "repetition", **sweep.labels}) in known
     if missing or not has_baselines:
         sweep.begin()
     if not has_baselines:
         yield from sweep.baselines()
-    for number, (reference, config) in enumerate(missing, start=1):
-        row = sweep.line(reference, config)
+    for number, config in enumerate(missing, start=1):
+        row = sweep.line(config)
         decode.progress(
-            f"{number}/{len(missing)}: T {row['T']} {row['method']} {reference or ''} depth {row['depth']} "
-            f"width {row['width']} tau {row['tau']}: BE {row['BE']:.2f}, "
+            f"{number}/{len(missing)}: T {row['T']} {row['method']} {row['reference'] or ''} "
+            f"depth {row['depth']} width {row['width']} tau {row['tau']}: BE {row['BE']:.2f}, "
             f"{row['difference']:+.4f} nats, right {row.get('right', math.nan):.3f}"
         )
         yield row
@@ -167,7 +153,7 @@ def judge(sweep: Sweep, arguments: argparse.Namespace, known: set[Any]) -> Itera
 
 def time_shapes(sweep: Sweep, arguments: argparse.Namespace, known: set[Any]) -> Iterator[Row]:
     """The timed lines that are not `known` yet, one per shape."""
-    configs = [*lossless(arguments.depths), *(config for _, config in grid(arguments))]
+    configs = [*lossless(arguments.depths), *grid(arguments)]
     shapes = {key(sweep.named_timing(config)): config for config in configs}
     missing = [config for name, config in shapes.items() if name not in known]
     for number, config in enumerate(missing, start=1):
