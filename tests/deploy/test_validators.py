@@ -6,15 +6,25 @@ from pathlib import Path
 
 import pytest
 
+from tests.programs import program
+
 ROOT = Path(__file__).parent.parent.parent
-COMMANDS = {
-    "yamllint": ["--strict", ".yamllint.yml"],
+VALIDATORS = {
+    "yamllint": ["--strict", ".yamllint.yml", "docker-compose.yml", "deploy"],
     "hadolint": ["Dockerfile"],
+    "check-jsonschema": ["--builtin-schema", "vendor.compose-spec", "docker-compose.yml"],
 }
 
 
-@pytest.mark.parametrize("tool", COMMANDS)
-def test_tool_finds_nothing(tool: str) -> None:
-    command = [str(Path(sys.executable).parent / tool), *COMMANDS[tool]]
+def run(command: list[str]) -> None:
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("tool", VALIDATORS)
+def test_a_validator_finds_nothing(tool: str) -> None:
+    run([str(Path(sys.executable).parent / tool), *VALIDATORS[tool]])
+
+
+def test_promtool_accepts_the_configuration() -> None:
+    run([program("promtool"), "check", "config", "--lint-fatal", "deploy/prometheus/prometheus.yml"])
