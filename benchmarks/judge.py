@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.generation import Generation
-from benchmarks.quality import bootstrap_interval, bootstrap_ratio, paired_interval
+from benchmarks.quality import bootstrap_interval, bootstrap_ratio, by_origin, paired_interval
 from benchmarks.table import describe_texts
 from benchmarks.tasks import Task
 
@@ -33,6 +33,7 @@ class Judge:
             "difference": difference,
             "interval": [low, high],
             "ppl_ratio": math.exp(-difference),
+            **_origins(results),
             **(self._score(right) if right else {}),
         }
 
@@ -44,3 +45,15 @@ class Judge:
             "right_ratio": ratio,
             "ratio_interval": [low, high],
         }
+
+
+def _origins(results: list[Generation]) -> dict[str, Any]:
+    """Mean log-probability per token by origin, and the share of tokens that are the target's own."""
+    accepted, own = by_origin(results)
+    if not accepted:
+        return {}
+    return {
+        "accepted_nats": float(np.mean(accepted)),
+        "own_nats": float(np.mean(own)),
+        "own_share": len(own) / (len(accepted) + len(own)),
+    }

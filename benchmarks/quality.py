@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from benchmarks.generation import Generation
+
 RESAMPLES = 2000
 
 
@@ -67,3 +69,19 @@ def survival(accepted: Sequence[int], drafted: Sequence[int]) -> list[float]:
     deepest = max(drafted, default=0)
     kept, offered = np.asarray(accepted), np.asarray(drafted)
     return [float((kept[offered >= depth] >= depth).mean()) for depth in range(1, deepest + 1)]
+
+
+def by_origin(results: list[Generation]) -> tuple[list[float], list[float]]:
+    """Log-probabilities of all tokens that were accepted from the draft, and of the target's own.
+
+    A step delivers what it accepted and then one token of the target's own, cut at the end of the text.
+    """
+    accepted: list[float] = []
+    own: list[float] = []
+    for result in results:
+        left = list(result.log_probs)
+        for count in result.accepted:
+            accepted += left[:count]
+            own += left[count : count + 1]
+            left = left[count + 1 :]
+    return accepted, own

@@ -2,9 +2,11 @@
 
 import pytest
 
+from benchmarks.generation import Generation
 from benchmarks.quality import (
     bootstrap_interval,
     bootstrap_ratio,
+    by_origin,
     distinct,
     longest_repeat,
     paired_interval,
@@ -52,3 +54,12 @@ def test_repetition(token_ids: list[int], share: float, repeat: int) -> None:
 def test_survival_counts_only_steps_that_went_so_deep() -> None:
     assert survival([2, 0, 1], [2, 2, 1]) == pytest.approx([2 / 3, 1 / 2])
     assert survival([], []) == []
+
+
+def test_tokens_are_told_apart_by_their_origin() -> None:
+    """Steps of two accepted and one own, none and one, and a last one that the end cut to one accepted."""
+    cut = Generation([1] * 5, [-1.0, -2.0, -9.0, -8.0, -3.0], num_steps=3, accepted=[2, 0, 2])
+    assert by_origin([cut, Generation([1], [-7.0], num_steps=1, accepted=[0])]) == (
+        [-1.0, -2.0, -3.0],
+        [-9.0, -8.0, -7.0],
+    )
