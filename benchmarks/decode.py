@@ -7,9 +7,9 @@
 BE is delivered tokens over target steps (for `draft`, over its own). The log-probability is the
 untransformed target's, nats per token, averaged per prompt; its difference to `target` on the same prompts
 comes with a paired 95 % interval; accepted_nats and own_nats are means over the tokens that were accepted
-from the draft and over the target's own. Speed is that of decoding steps with every row taken, methods in turn,
-median of the repeats; S, S_bound and S_free are explained in `benchmarks.cost`. CPU seconds are those of
-the whole process, and a proxy for energy. Texts are judged on all prompts, steps timed on the first few.
+from the draft and over the target's own. Speed is that of decoding steps with every row taken, methods in
+turn, median of the repeats; S, S_bound and S_free are explained in `benchmarks.cost`. CPU seconds are those
+of the whole process, and a proxy for energy. Texts are judged on all prompts, steps timed on the first few.
 """
 
 import argparse
