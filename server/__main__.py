@@ -13,14 +13,12 @@ import uvicorn
 
 from server.app import create_app
 from server.config import ConfigError, ServerConfig, load_config
-from server.limits import HEADER_BYTES_LIMIT
 from server.logs import configure_logging
 from server.pool import WorkerPool
-from server.protocol import TimedProtocol
+from server.protocol import http_config
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
-LINGER_SECONDS = 5
 
 log = structlog.get_logger("server")
 
@@ -42,15 +40,10 @@ class Server:
         self._listener = listener
         self._pool: WorkerPool = app.state.pool
         self._http = HttpServer(
-            uvicorn.Config(
+            http_config(
                 app,
-                http=TimedProtocol,
-                h11_max_incomplete_event_size=HEADER_BYTES_LIMIT,
-                timeout_graceful_shutdown=LINGER_SECONDS,
-                access_log=False,
-                log_config=None,
-                server_header=False,
-                ws="none",
+                app.state.limits,
+                app.state.request_log.record_unread,
                 root_path=config.root_path,
                 ssl_certfile=config.ssl_certfile,
                 ssl_keyfile=config.ssl_keyfile,

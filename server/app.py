@@ -20,16 +20,21 @@ from server.errors import (
     handle_client_gone,
     handle_http_exception,
 )
+from server.limits import HttpLimits
 from server.metrics import Metrics
 from server.middleware import RequestMiddleware
 from server.pool import WorkerPool
+from server.rate_limit import RateLimitMiddleware
 from server.report import system_fingerprint
+from server.request_log import RequestLog
 from server.routes import chat, completions, models, probes, tokens
 from server.schemas import CompletionRequest
 
 
-def create_app(config: ServerConfig, pool: WorkerPool | None = None) -> FastAPI:
-    """The application; `pool` is for tests, by default one is made and lives as long as the app."""
+def create_app(
+    config: ServerConfig, pool: WorkerPool | None = None, limits: HttpLimits | None = None
+) -> FastAPI:
+    """The application; by default a pool is made, which lives as long as the app."""
     if pool is None:
         pool = WorkerPool(config, Metrics(__version__))
     app = FastAPI(
@@ -41,6 +46,8 @@ def create_app(config: ServerConfig, pool: WorkerPool | None = None) -> FastAPI:
     )
     app.state.config = config
     app.state.pool = pool
+    app.state.limits = limits or HttpLimits()
+    app.state.request_log = RequestLog(pool.metrics)
     app.state.fingerprint = system_fingerprint(config)
     for routes in (completions, chat, models, tokens, probes):
         app.include_router(routes.router)
@@ -48,13 +55,15 @@ def create_app(config: ServerConfig, pool: WorkerPool | None = None) -> FastAPI:
     app.add_exception_handler(HTTPException, handle_http_exception)
     app.add_exception_handler(ClientGoneError, handle_client_gone)
     app.add_exception_handler(ClientDisconnect, handle_client_gone)
-    _add_middleware(app, config, pool.metrics)
+    _add_middleware(app, config)
     _document_bodies(app)
     return app
 
 
-def _add_middleware(app: FastAPI, config: ServerConfig, metrics: Metrics) -> None:
-    """From the inside out: keys, the headers that browsers ask for, ids and counts."""
+def _add_middleware(app: FastAPI, config: ServerConfig) -> None:
+    """From the inside out: rates, keys, the headers that browsers ask for, ids and counts."""
+    if config.requests_per_minute is not None:
+        app.add_middleware(RateLimitMiddleware, per_minute=config.requests_per_minute)
     if config.key_digests:
         app.add_middleware(KeyMiddleware, digests=config.key_digests)
     if config.allowed_origins:
@@ -63,9 +72,9 @@ def _add_middleware(app: FastAPI, config: ServerConfig, metrics: Metrics) -> Non
             allow_origins=config.allowed_origins,
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
-            expose_headers=["x-request-id"],
+            expose_headers=["x-request-id", "retry-after"],
         )
-    app.add_middleware(RequestMiddleware, metrics=metrics)
+    app.add_middleware(RequestMiddleware, request_log=app.state.request_log, limits=app.state.limits)
 
 
 @contextlib.asynccontextmanager

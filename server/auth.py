@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.errors import InvalidRequestError, error_response
-from server.keys import is_key
+from server.keys import known_digest
 
 OPEN_PATHS = frozenset({"/", "/health", "/ready", "/metrics"})
 HEADERS = {"www-authenticate": "Bearer", "connection": "close"}
@@ -19,7 +19,7 @@ class KeyMiddleware:
         self._digests = digests
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        refusal = None if scope["type"] != "http" or _is_open(scope) else self._refusal(scope)
+        refusal = None if scope["type"] != "http" or is_open(scope) else self._refusal(scope)
         if refusal is None:
             await self._app(scope, receive, send)
             return
@@ -32,11 +32,14 @@ class KeyMiddleware:
             message = "You didn't provide an API key: send the header Authorization: Bearer YOUR_KEY."
             return InvalidRequestError(message, code=None, status=401, headers=HEADERS)
         scheme, _, key = given.partition(b" ")
-        if is_key(key.strip(), self._digests) and scheme.lower() == b"bearer":
+        digest = known_digest(key.strip(), self._digests)
+        if digest is not None and scheme.lower() == b"bearer":
+            scope.setdefault("state", {})["key_digest"] = digest.hex()
             return None
         message = "Incorrect API key provided: send Authorization: Bearer and a key of this server."
         return InvalidRequestError(message, code="invalid_api_key", status=401, headers=HEADERS)
 
 
-def _is_open(scope: Scope) -> bool:
+def is_open(scope: Scope) -> bool:
+    """Whether a path is for everybody: it needs no key and is not counted against a rate."""
     return scope["path"].removeprefix(scope.get("root_path", "")) in OPEN_PATHS

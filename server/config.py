@@ -84,6 +84,9 @@ class ServerConfig(BaseSettings):
         default=None, description="File with a key per line, or its digest as sha256:<hex>."
     )
     allow_unauthenticated: bool = Field(default=False, description="Listen beyond loopback without keys.")
+    requests_per_minute: int | None = Field(
+        default=None, ge=1, le=1_000_000, description="Most requests of a key; without keys, of an address."
+    )
     disable_fastapi_docs: bool = Field(default=False, description="Serve neither /docs nor /openapi.json.")
     shutdown_timeout: float = Field(default=30.0, ge=0, le=3600)
 

@@ -1,7 +1,8 @@
 """Errors that a client is told, in OpenAI's shape: `{"error": {message, type, param, code}}`.
 
     ApiError                      status   type
-      InvalidRequestError         400      invalid_request_error, also 404, 405, 408, 413, 415, 431
+      InvalidRequestError         400      invalid_request_error, also 401, 404, 405, 408, 413, 415, 431
+      RateLimitError              429      rate_limit_error, with Retry-After
       OverloadedError             503      overloaded_error, with Retry-After
       ServerError                 500      server_error
 
@@ -15,6 +16,7 @@ import msgspec
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 RETRY_AFTER_SECONDS = 1
 
@@ -53,6 +55,16 @@ class ApiError(Exception):
         self.status = status if status is not None else type(self).status
         self.headers = headers or {}
 
+    @property
+    def reason(self) -> str:
+        """The label of this error in metrics and logs, out of a closed set."""
+        return self.code or f"http_{self.status}"
+
+    @property
+    def is_refusal(self) -> bool:
+        """Whether the request was turned away, and did not fail while it was served."""
+        return self.type != ServerError.type
+
     def body(self, request_id: str | None = None) -> dict[str, Any]:
         message = self.message
         if self.status >= 500 and request_id is not None:
@@ -63,6 +75,18 @@ class ApiError(Exception):
 class InvalidRequestError(ApiError):
     status = 400
     type = "invalid_request_error"
+
+
+class RateLimitError(ApiError):
+    """More requests per minute than one key, or one address, may send."""
+
+    status = 429
+    type = "rate_limit_error"
+
+    def __init__(self, per_minute: int, retry_after_seconds: int) -> None:
+        message = f"At most {per_minute} requests per minute are taken from you: retry after the pause."
+        headers = {"retry-after": str(retry_after_seconds)}
+        super().__init__(message, code="rate_limit_exceeded", headers=headers)
 
 
 class OverloadedError(ApiError):
@@ -85,13 +109,30 @@ class ClientGoneError(Exception):
     """The client left: nobody is to be answered."""
 
 
+class ErrorResponse(Response):
+    """An error as it is sent; the request's state keeps it for the log and the metrics."""
+
+    def __init__(self, error: ApiError, request_id: str | None) -> None:
+        super().__init__(
+            msgspec.json.encode(error.body(request_id)),
+            status_code=error.status,
+            headers=error.headers,
+            media_type="application/json",
+        )
+        self._error = error
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        note_error(scope, self._error)
+        await super().__call__(scope, receive, send)
+
+
+def note_error(scope: Scope, error: ApiError) -> None:
+    """Remember what the client is told, in an answer of its own or inside a stream."""
+    scope.setdefault("state", {})["error"] = error
+
+
 def error_response(error: ApiError, request_id: str | None = None) -> Response:
-    return Response(
-        msgspec.json.encode(error.body(request_id)),
-        status_code=error.status,
-        headers=error.headers,
-        media_type="application/json",
-    )
+    return ErrorResponse(error, request_id)
 
 
 def request_id_of(request: Request) -> str | None:

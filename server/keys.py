@@ -17,11 +17,14 @@ def key_digests(keys: Iterable[str], file: Path | None) -> tuple[bytes, ...]:
     return (*map(_digest_of_line, given), *(_read(file) if file is not None else ()))
 
 
-def is_key(key: bytes, digests: Sequence[bytes]) -> bool:
-    """In a time that does not depend on which key matches, nor on how far one does."""
+def known_digest(key: bytes, digests: Sequence[bytes]) -> bytes | None:
+    """The digest of a key that is among `digests`, else None.
+
+    In a time that does not depend on which key matches, nor on how far one does.
+    """
     digest = hashlib.sha256(key).digest()
     matches = [hmac.compare_digest(digest, each) for each in digests]
-    return any(matches)
+    return digest if any(matches) else None
 
 
 def _read(file: Path) -> list[bytes]:

@@ -2,17 +2,26 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 
 from starlette.requests import Request
 
 from server.errors import InvalidRequestError
 from server.pool import WorkerPool
 
-MAX_BODY_BYTES = 1024 * 1024
-BODY_SECONDS = 30.0
-MAX_HEADERS = 100
-HEADER_BYTES_LIMIT = 64 * 1024
 CLOSE = {"connection": "close"}
+
+
+@dataclass(frozen=True, slots=True)
+class HttpLimits:
+    """What one connection may cost; times in seconds."""
+
+    num_headers: int = 100
+    header_bytes: int = 64 * 1024
+    header_seconds: float = 15.0
+    body_bytes: int = 1024 * 1024
+    body_seconds: float = 30.0
+    reader_seconds: float = 30.0  # without taking anything of an answer that is ready
 
 
 async def check_media_type(request: Request) -> None:
@@ -31,8 +40,9 @@ def _unsupported(message: str) -> InvalidRequestError:
 
 async def check_declared_length(request: Request) -> None:
     declared = request.headers.get("content-length")
-    if declared is not None and declared.isdigit() and int(declared) > MAX_BODY_BYTES:
-        raise too_large()
+    limits: HttpLimits = request.app.state.limits
+    if declared is not None and declared.isdigit() and int(declared) > limits.body_bytes:
+        raise too_large(limits)
 
 
 async def request_slot(request: Request) -> AsyncIterator[None]:
@@ -43,20 +53,26 @@ async def request_slot(request: Request) -> AsyncIterator[None]:
 
 
 async def read_body(request: Request) -> bytes:
-    """The body, counted as it arrives: 413 beyond `MAX_BODY_BYTES`, 408 after `BODY_SECONDS`."""
+    """The body, counted as it arrives: 413 when it is too large, 408 when it takes too long."""
+    limits: HttpLimits = request.app.state.limits
     body = bytearray()
     try:
-        async with asyncio.timeout(BODY_SECONDS):
+        async with asyncio.timeout(limits.body_seconds):
             async for chunk in request.stream():
                 body += chunk
-                if len(body) > MAX_BODY_BYTES:
-                    raise too_large()
+                if len(body) > limits.body_bytes:
+                    raise too_large(limits)
     except TimeoutError:
-        message = f"The body did not arrive within {BODY_SECONDS:.0f} s: send it faster."
+        message = f"The body did not arrive within {limits.body_seconds:g} s: send it faster."
         raise InvalidRequestError(message, code="request_timeout", status=408, headers=CLOSE) from None
     return bytes(body)
 
 
-def too_large() -> InvalidRequestError:
-    message = f"The body must have at most {MAX_BODY_BYTES} bytes: send less at once."
+def too_large(limits: HttpLimits) -> InvalidRequestError:
+    message = f"The body must have at most {limits.body_bytes} bytes: send less at once."
     return InvalidRequestError(message, code="content_too_large", status=413, headers=CLOSE)
+
+
+def headers_too_large(limits: HttpLimits) -> InvalidRequestError:
+    message = f"The headers must have at most {limits.header_bytes} bytes: send less."
+    return InvalidRequestError(message, code=None, status=431, headers=CLOSE)

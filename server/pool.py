@@ -178,7 +178,6 @@ class WorkerPool:
     def _check(self, has_room: bool) -> None:
         reason = self.refusal or (None if has_room else "queue_full")
         if reason is not None:
-            self.metrics.rejected.labels(reason).inc()
             raise OverloadedError(reason)
 
     def _open(self, commands: Sequence[GenerateCommand], model: str, arrived: float) -> Stream:

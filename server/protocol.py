@@ -1,60 +1,162 @@
-"""uvicorn's HTTP/1.1 with what it lacks: a limit on the time of headers, and errors in OpenAI's shape."""
+"""uvicorn's HTTP/1.1 with what it lacks: timers for headers and readers, errors in OpenAI's shape."""
 
 import asyncio
+import functools
+import http
+import secrets
+import sys
+from collections.abc import Callable
+from typing import Any
 
 import h11
 import msgspec
+import structlog
+import uvicorn
+from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from server.errors import InvalidRequestError
+from server.errors import ApiError, InvalidRequestError
+from server.limits import CLOSE, HttpLimits, headers_too_large
 
-HEADER_SECONDS = 15.0
-NOT_HTTP = "The request is not valid HTTP/1.1: check its headers and their size."
+READ_BYTES = 8192
+LINGER_SECONDS = 5
+NOT_HTTP = "The request is not valid HTTP/1.1: check its headers."
+TOO_SLOW = "The headers did not arrive within {seconds:g} s: send them faster."
+
+OnRefusal = Callable[[ApiError, str], None]  # the error that was told, and the id that was given to it
+
+log = structlog.get_logger("server.http")
 
 
-class TimedProtocol(H11Protocol):
-    """Closes a connection whose next request is not there, headers complete, in `HEADER_SECONDS`.
+class CountingTransport:
+    """A transport that knows how much was written to it."""
 
-    A connection that is kept alive and silent is closed sooner, by uvicorn itself.
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        self.num_written = 0
+
+    def write(self, data: bytes) -> None:
+        self.num_written += len(data)
+        self._transport.write(data)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+
+class TimedProtocol(H11Protocol, asyncio.BufferedProtocol):
+    """A connection that cannot be held open for ever, nor hold up the others.
+
+    It is closed when its next request is not there, headers complete, in `header_seconds`, and when
+    nothing of an answer is taken in `reader_seconds`. One that is kept alive and silent is closed
+    sooner, by uvicorn itself. What arrives is taken in small pieces, because the cost of parsing it
+    is that of its chunks, and a chunk may be one byte.
     """
 
-    _header_timer: asyncio.TimerHandle | None = None
+    transport: Any
+
+    def __init__(self, *args: Any, limits: HttpLimits, on_refusal: OnRefusal, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._limits = limits
+        self._on_refusal = on_refusal
+        self._buffer = bytearray(READ_BYTES)
+        self._header_timer: asyncio.TimerHandle | None = None
+        self._reader_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self.transport = CountingTransport(transport)
         self._watch_headers()
+        self._watch_reader(num_taken=0, since=self.loop.time())
+
+    def get_buffer(self, sizehint: int) -> bytearray:
+        return self._buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self.data_received(bytes(self._buffer[:nbytes]))
 
     def handle_events(self) -> None:
         super().handle_events()
         self._watch_headers()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._stop_watching()
+        self._stop_watching_headers()
+        if self._reader_timer is not None:
+            self._reader_timer.cancel()
         super().connection_lost(exc)
 
     def send_400_response(self, msg: str) -> None:
-        body = msgspec.json.encode(InvalidRequestError(NOT_HTTP, code=None).body())
-        headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
-        events = (
-            h11.Response(status_code=400, headers=headers, reason=b"Bad Request"),
-            h11.Data(data=body),
-            h11.EndOfMessage(),
-        )
-        for event in events:
-            self.transport.write(self.conn.send(event) or b"")
+        """Called by uvicorn while it handles what h11 raised."""
+        raised = sys.exc_info()[1]
+        if getattr(raised, "error_status_hint", 400) == 431:
+            self._refuse(headers_too_large(self._limits))
+        else:
+            self._refuse(InvalidRequestError(NOT_HTTP, code=None, headers=CLOSE))
+
+    def _refuse(self, error: ApiError) -> None:
+        """Answer bytes that are no request, and close; after the start of another answer only close."""
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            request_id = secrets.token_hex(16)
+            self._on_refusal(error, request_id)
+            body = msgspec.json.encode(error.body())
+            headers = {**error.headers, "content-type": "application/json", "x-request-id": request_id}
+            headers["content-length"] = str(len(body))
+            raw = [(name.encode(), value.encode()) for name, value in headers.items()]
+            phrase = http.HTTPStatus(error.status).phrase.encode()
+            events: tuple[h11.Event, ...] = (
+                h11.Response(status_code=error.status, headers=raw, reason=phrase),
+                h11.Data(data=body),
+                h11.EndOfMessage(),
+            )
+            for event in events:
+                self.transport.write(self.conn.send(event) or b"")
         self.transport.close()
 
     def _watch_headers(self) -> None:
         if self.conn.their_state is not h11.IDLE:
-            self._stop_watching()
+            self._stop_watching_headers()
         elif self._header_timer is None:
-            self._header_timer = self.loop.call_later(HEADER_SECONDS, self._give_up)
+            self._header_timer = self.loop.call_later(self._limits.header_seconds, self._give_up)
 
-    def _stop_watching(self) -> None:
+    def _stop_watching_headers(self) -> None:
         if self._header_timer is not None:
             self._header_timer.cancel()
             self._header_timer = None
 
     def _give_up(self) -> None:
-        if not self.transport.is_closing():
+        """Half a request is told that it was too slow; of silence there is nothing to tell."""
+        if self.transport.is_closing():
+            return
+        if self.conn.trailing_data[0]:
+            message = TOO_SLOW.format(seconds=self._limits.header_seconds)
+            self._refuse(InvalidRequestError(message, code="request_timeout", status=408, headers=CLOSE))
+        else:
             self.transport.close()
+
+    def _watch_reader(self, num_taken: int, since: float) -> None:
+        """At the last look the client had taken `num_taken` bytes, the last of them at `since`."""
+        num_waiting = self.transport.get_write_buffer_size()
+        taken, now = self.transport.num_written - num_waiting, self.loop.time()
+        if taken > num_taken or not num_waiting:
+            since = now
+        elif now - since >= self._limits.reader_seconds:
+            log.warning("reader_too_slow", seconds=self._limits.reader_seconds, num_bytes=num_waiting)
+            self.transport.abort()
+            return
+        pause = self._limits.reader_seconds / 4
+        self._reader_timer = self.loop.call_later(pause, self._watch_reader, taken, since)
+
+
+def http_config(app: ASGIApp, limits: HttpLimits, on_refusal: OnRefusal, **settings: Any) -> uvicorn.Config:
+    """uvicorn as this server runs it; `settings` are uvicorn's own."""
+    protocol: Any = functools.partial(TimedProtocol, limits=limits, on_refusal=on_refusal)
+    return uvicorn.Config(
+        app,
+        http=protocol,
+        h11_max_incomplete_event_size=limits.header_bytes,
+        timeout_graceful_shutdown=LINGER_SECONDS,
+        access_log=False,
+        log_config=None,
+        server_header=False,
+        ws="none",
+        **settings,
+    )

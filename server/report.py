@@ -12,6 +12,8 @@ from server.logprobs import LOWEST_LOG_PROB
 from server.messages import GenerationStats, SpeculationStep
 from server.speculation import applied, drafts
 
+USER_CHARACTERS = 16
+
 
 def system_fingerprint(config: ServerConfig) -> str:
     digest = hashlib.sha256(fingerprint_source(config).encode()).hexdigest()
@@ -55,6 +57,25 @@ class Report:
 
     def usage(self) -> dict[str, int]:
         return usage(self.prompt_tokens, self.completion_tokens)
+
+    def log_fields(self) -> dict[str, Any]:
+        """What the request's line in the log says: numbers and names, `user` as a hash.
+
+        Tokens are left out while they are not all counted, as when the client has left.
+        """
+        request = self.job.request
+        fields: dict[str, Any] = {
+            "model": self.job.served_model,
+            "method": self.job.decoding.method,
+            "stream": bool(request.stream),
+            "prompt_tokens": self.prompt_tokens,
+        }
+        if len(self.stats) == len(self.job.commands):
+            fields["completion_tokens"] = self.completion_tokens
+            fields |= {name: value for name, value in self._times().items() if value is not None}
+        if request.user is not None:
+            fields["user"] = hashlib.sha256(request.user.encode()).hexdigest()[:USER_CHARACTERS]
+        return fields
 
     def metrics(self) -> dict[str, Any]:
         """The body's `metrics`: times in milliseconds, null where there is nothing to tell."""

@@ -13,7 +13,7 @@ from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from server.choice_text import Delta
-from server.errors import ApiError, ClientGoneError, ServerError, error_response
+from server.errors import ApiError, ClientGoneError, ServerError, error_response, note_error
 from server.generation import Generation
 
 KEEP_ALIVE_SECONDS = 15.0
@@ -155,6 +155,7 @@ class EventStreamResponse(Response):
     async def _fail(self, scope: Scope, receive: Receive, send: Send, error: ApiError) -> None:
         """Before the first byte an answer of its own, after it an event and `[DONE]`."""
         request_id = scope.get("state", {}).get("request_id")
+        note_error(scope, error)
         if not self._started:
             await error_response(error, request_id)(scope, receive, send)
             return
@@ -164,6 +165,7 @@ class EventStreamResponse(Response):
 
 async def respond(request: Request, generation: Generation) -> Response:
     """A stream or one JSON body, as the request asks; raises ApiError and ClientGoneError."""
+    request.state.report = generation.report
     if generation.job.request.stream:
         return EventStreamResponse(generation)
     body = await collect_while_connected(request, generation)

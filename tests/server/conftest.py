@@ -1,6 +1,8 @@
-"""An application over a scripted worker, reached through httpx without a port."""
+"""An application over a scripted worker, reached through httpx without a port, or through a real one."""
 
+import asyncio
 import io
+import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
@@ -11,12 +13,15 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
+from server.__main__ import HttpServer
 from server.app import create_app
 from server.config import ServerConfig
+from server.limits import HttpLimits
 from server.logs import configure_logging
 from server.messages import Event, LoadCommand
 from server.metrics import Metrics
 from server.pool import WorkerPool
+from server.protocol import http_config
 from tests.server.fakes import ScriptedEngine, ThreadWorker, ready_event, save_tokenizer, until
 
 
@@ -37,6 +42,16 @@ class Served:
     pool: WorkerPool
     engine: ScriptedEngine
     worker: ThreadWorker
+    port: int | None = None
+
+    @asynccontextmanager
+    async def connect(self) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+        """A connection of its own to the port."""
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        try:
+            yield reader, writer
+        finally:
+            writer.transport.abort()
 
     async def complete(self, **fields: Any) -> httpx.Response:
         body = {"model": "tiny", "prompt": "x", "temperature": 0, **fields}
@@ -49,14 +64,29 @@ class Served:
 Serve = Callable[..., AbstractAsyncContextManager[Served]]
 
 
-@pytest.fixture
-def serve(tmp_path: Path) -> Serve:
-    """`async with serve(engine, has_draft=..., ready=..., **config) as served`."""
+@dataclass
+class Made:
+    """An application that nobody serves yet, and what is inside."""
 
-    @asynccontextmanager
-    async def start(
-        engine: ScriptedEngine | None = None, *, has_draft: bool = True, ready: bool = True, **settings: Any
-    ) -> AsyncIterator[Served]:
+    app: FastAPI
+    pool: WorkerPool
+    engine: ScriptedEngine
+    workers: list[ThreadWorker]
+
+
+Make = Callable[..., Made]
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Make:
+    def build(
+        engine: ScriptedEngine | None = None,
+        *,
+        has_draft: bool = True,
+        ready: bool = True,
+        limits: HttpLimits | None = None,
+        **settings: Any,
+    ) -> Made:
         engine = engine or ScriptedEngine()
         event = ready_event(save_tokenizer(tmp_path), has_draft=has_draft)
         speculative = {"model": "tiny-draft"} if has_draft else {}
@@ -69,15 +99,54 @@ def serve(tmp_path: Path) -> Serve:
             return worker
 
         pool = WorkerPool(config, Metrics("test"), launch)
-        app = create_app(config, pool)
-        transport = httpx.ASGITransport(app=app)
+        return Made(create_app(config, pool, limits), pool, engine, workers)
+
+    return build
+
+
+@pytest.fixture
+def serve(make: Make) -> Serve:
+    """`async with serve(engine, has_draft=..., ready=..., limits=..., **config) as served`."""
+
+    @asynccontextmanager
+    async def start(
+        engine: ScriptedEngine | None = None, *, ready: bool = True, **settings: Any
+    ) -> AsyncIterator[Served]:
+        made = make(engine, ready=ready, **settings)
+        transport = httpx.ASGITransport(app=made.app)
         async with (
-            app.router.lifespan_context(app),
+            made.app.router.lifespan_context(made.app),
             httpx.AsyncClient(transport=transport, base_url="http://test") as client,
         ):
             if ready:
-                await until(lambda: pool.refusal is None)
-            yield Served(app, client, pool, engine, workers[0])
+                await until(lambda: made.pool.refusal is None)
+            yield Served(made.app, client, made.pool, made.engine, made.workers[0])
+
+    return start
+
+
+@pytest.fixture
+def serve_port(make: Make) -> Serve:
+    """As `serve`, with uvicorn as the server runs it: `served.port` and `served.connect()`."""
+
+    @asynccontextmanager
+    async def start(engine: ScriptedEngine | None = None, **settings: Any) -> AsyncIterator[Served]:
+        made = make(engine, **settings)
+        state = made.app.state
+        listener = socket.create_server(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+        config = http_config(
+            made.app, state.limits, state.request_log.record_unread, root_path=state.config.root_path
+        )
+        server = HttpServer(config)
+        serving = asyncio.ensure_future(server.serve(sockets=[listener]))
+        try:
+            await until(lambda: server.started and made.pool.refusal is None)
+            async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
+                yield Served(made.app, client, made.pool, made.engine, made.workers[0], port)
+        finally:
+            server.should_exit = True
+            await serving
 
     return start
 

@@ -8,8 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from server import limits
-from server.limits import MAX_BODY_BYTES
+from server.limits import HttpLimits
 from tests.server.conftest import Serve, Served
 from tests.server.fakes import CONTEXT, EOS, VOCAB_SIZE, ready_event
 
@@ -230,7 +229,9 @@ def check_error(response: Any, status: int, code: str | None, param: str | None)
     assert set(response.json()) == {"error"}
     assert set(error) == {"message", "type", "param", "code"}
     assert (error["code"], error["param"]) == (code, param)
-    expected = {503: "overloaded_error", 500: "server_error"}.get(status, "invalid_request_error")
+    expected = {429: "rate_limit_error", 503: "overloaded_error", 500: "server_error"}.get(
+        status, "invalid_request_error"
+    )
     assert error["type"] == expected
     assert error["message"]
     return str(error["message"])
@@ -356,7 +357,7 @@ async def test_declared_length_is_refused_unread(served: Served) -> None:
     assert response.headers["connection"] == "close"
 
 
-@pytest.mark.parametrize(("size", "status"), [(MAX_BODY_BYTES, 200), (MAX_BODY_BYTES + 1, 413)])
+@pytest.mark.parametrize(("size", "status"), [(2**20, 200), (2**20 + 1, 413)])
 async def test_chunked_body_is_counted(served: Served, size: int, status: int) -> None:
     async def body() -> Any:
         start = b'{"model": "tiny"'
@@ -369,16 +370,16 @@ async def test_chunked_body_is_counted(served: Served, size: int, status: int) -
     assert response.status_code == status
 
 
-async def test_slow_body(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_slow_body(serve: Serve) -> None:
     async def body() -> Any:
         yield b"{"
         await asyncio.sleep(10)
         yield b"}"
 
-    monkeypatch.setattr(limits, "BODY_SECONDS", 0.01)
     headers = {"content-type": "application/json"}
-    response = await served.client.post("/v1/completions", content=body(), headers=headers)
-    check_error(response, 408, "request_timeout", None)
+    async with serve(limits=HttpLimits(body_seconds=0.01)) as served:
+        response = await served.client.post("/v1/completions", content=body(), headers=headers)
+        check_error(response, 408, "request_timeout", None)
 
 
 async def test_a_prompt_needs_a_token_to_start_from(serve: Serve) -> None:

@@ -17,7 +17,7 @@ from server.config import (
     worker_environment,
     worker_link_fd,
 )
-from server.keys import is_key, key_digests
+from server.keys import key_digests, known_digest
 from server.report import fingerprint_source, system_fingerprint
 from server.speculative_config import Acceptance, AcceptanceReference, MethodName
 
@@ -205,8 +205,8 @@ def test_keys_from_the_environment_and_a_file(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setenv("MMTAD_API_KEY", "one")
     config = load_config(["--api-key-file", str(file), "--host", "0.0.0.0"])
     assert config.key_digests == key_digests(["one", "two", "three"], None)
-    assert is_key(b"three", config.key_digests)
-    assert not is_key(digest.encode(), config.key_digests)
+    assert known_digest(b"three", config.key_digests)
+    assert not known_digest(digest.encode(), config.key_digests)
     monkeypatch.setenv("MMTAD_API_KEY", "one,two")
     assert len(load_config([]).key_digests) == 2
 
