@@ -11,11 +11,14 @@ from collections.abc import Iterator
 import structlog
 import uvicorn
 
+from server import __version__
 from server.app import create_app
 from server.config import ConfigError, ServerConfig, load_config
 from server.logs import configure_logging
-from server.pool import WorkerPool
+from server.metrics import Metrics
+from server.pool import Launch, WorkerPool
 from server.protocol import http_config
+from server.supervisor import WorkerProcess
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -34,8 +37,8 @@ class HttpServer(uvicorn.Server):
 class Server:
     """One run of the server: HTTP, the pool, and what ends them."""
 
-    def __init__(self, config: ServerConfig, listener: socket.socket) -> None:
-        app = create_app(config)
+    def __init__(self, config: ServerConfig, listener: socket.socket, launch: Launch) -> None:
+        app = create_app(config, WorkerPool(config, Metrics(__version__), launch))
         self._config = config
         self._listener = listener
         self._pool: WorkerPool = app.state.pool
@@ -109,7 +112,8 @@ def bind(config: ServerConfig) -> socket.socket:
     return listener
 
 
-def main() -> int:
+def main(launch: Launch = WorkerProcess) -> int:
+    """`launch` starts a worker; tests give one that fails on order."""
     try:
         config = load_config()
     except ConfigError as error:
@@ -125,7 +129,7 @@ def main() -> int:
             "stop what listens there or choose another\n"
         )
         return EXIT_FAILED
-    return asyncio.run(Server(config, listener).run())
+    return asyncio.run(Server(config, listener, launch).run())
 
 
 if __name__ == "__main__":

@@ -87,11 +87,17 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def launch(arguments: list[str], output: IO[bytes]) -> subprocess.Popen[bytes]:
+def clean_environment() -> dict[str, str]:
+    """This process's, without settings of the server."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MMTAD_")}
-    environment |= {"OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
+    return environment | {"OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
+
+
+def launch(arguments: list[str], output: IO[bytes]) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "server", *arguments]
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT)
+    return subprocess.Popen(
+        command, cwd=ROOT, env=clean_environment(), stdout=output, stderr=subprocess.STDOUT
+    )
 
 
 @pytest.fixture(scope="session")
