@@ -66,6 +66,10 @@ class ServerConfig(BaseSettings):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     max_model_len: int | None = Field(default=None, ge=1)
     max_num_seqs: int = Field(default=16, ge=1, le=1024)
+    num_workers: int = Field(default=1, ge=1, le=64, description="Processes that decode, one per GPU.")
+    worker_timeout: float = Field(
+        default=30.0, gt=0, description="Seconds without a step after which a busy worker is replaced."
+    )
     max_num_queued_reqs: int = Field(default=256, ge=0, le=100_000)
     max_num_speculative_tokens: int = Field(default=MAX_SPECULATIVE_TOKENS, ge=1, le=MAX_SPECULATIVE_TOKENS)
     max_beam_width: int = Field(default=MAX_BEAM_WIDTH, ge=1, le=MAX_BEAM_WIDTH)
@@ -268,10 +272,17 @@ def worker_link_fd() -> int:
     return int(arguments[1])
 
 
-def worker_environment() -> dict[str, str]:
+def worker_environment(worker: int = 0, num_workers: int = 1) -> dict[str, str]:
     """The environment of a worker: its compute threads sleep while they wait.
 
     Threads that spin starve the API process, and whatever else runs, of the cores they wait for; where
-    those cores are busy a step then takes many times as long. Who set the policy keeps it.
+    those cores are busy a step then takes many times as long. Who set the policy keeps it. Several
+    workers share the cores, and each sees one of the GPUs.
     """
-    return {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
+    environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
+    if num_workers > 1:
+        cores = len(os.sched_getaffinity(0))
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // num_workers)))
+        visible = [each for each in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if each]
+        environment["CUDA_VISIBLE_DEVICES"] = visible[worker % len(visible)] if visible else str(worker)
+    return environment

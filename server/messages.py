@@ -31,7 +31,7 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True, forbid_unknow
 
 
 class LoadCommand(Message, frozen=True, kw_only=True):
-    """The pair to load; `target` None means the embedded pair."""
+    """The pair to load; `target` None means the embedded pair. `worker` counts from 0."""
 
     target: str | None
     draft: str | None
@@ -39,6 +39,8 @@ class LoadCommand(Message, frozen=True, kw_only=True):
     dtype: str
     max_model_len: int | None
     max_num_seqs: int
+    worker: int = 0
+    num_workers: int = 1
 
 
 class GenerateCommand(Message, frozen=True, kw_only=True):

@@ -147,9 +147,7 @@ class Metrics:
         self.worker_restarts = self._counter("worker_restarts", "Workers lost and replaced.", ("worker",))
         self.load_seconds = self._gauge("model_load_seconds", "Seconds the pair took to load.", ("worker",))
 
-    def record_step(self, event: StepStatsEvent, worker: str, model: str) -> None:
-        self.requests_running.labels(model).set(event.num_running)
-        self.requests_waiting.labels(model).set(event.num_waiting)
+    def record_step(self, event: StepStatsEvent, worker: str) -> None:
         for role, share in event.cache_usage.items():
             self.cache_usage.labels(worker, role).set(share)
         if event.method is not None:

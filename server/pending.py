@@ -2,11 +2,14 @@
 
 import asyncio
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from decoding import FinishReason
 from server.messages import Command, FailedEvent, FinishedEvent, GenerateCommand, StepEvent
 from server.metrics import Metrics
+
+if TYPE_CHECKING:
+    from server.placement import WorkerState
 
 GenerationEvent = StepEvent | FinishedEvent | FailedEvent
 
@@ -20,6 +23,9 @@ class Worker(Protocol):
     def start(self) -> None: ...
     def send(self, command: Command) -> None: ...
     async def stop(self) -> None: ...
+    def replace(self) -> None:
+        """End the process at once, as a death: another one is started."""
+
     def kill(self) -> None: ...
 
 
@@ -41,20 +47,31 @@ class ChoiceClock:
     num_tokens: int
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Pending:
-    """A command that a worker has: who waits for it and since when (monotonic seconds)."""
+    """A command on its way: who waits for it and since when (monotonic seconds), and who has it.
+
+    `begun` says that some of it was sent on, `abandoned` that nobody waits for it any more.
+    """
 
     command: GenerateCommand
     stream: Stream
     model: str
     arrived: float
-    worker: Worker
+    worker: "WorkerState | None" = None
+    begun: bool = False
+    abandoned: bool = False
+    num_deaths: int = 0
     clocks: dict[int, ChoiceClock] = field(default_factory=dict)
 
     @property
     def method(self) -> str:
         return self.command.config.method
+
+    def send(self, command: Command) -> None:
+        """To the worker that has it, if one has."""
+        if self.worker is not None:
+            self.worker.send(command)
 
     def record_tokens(self, metrics: Metrics, event: StepEvent, now: float) -> None:
         if not event.token_ids:

@@ -1,13 +1,13 @@
 """The pool: where requests wait, are placed on workers, watched, counted and given up.
 
-`WorkerPool.generate` is the only way to tokens, and the only place that records what they cost.
+`WorkerPool.generate` is the only way to tokens; `server.open_commands` records what they cost.
 """
 
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
+from typing import Any
 
 import structlog
 
@@ -30,7 +30,9 @@ from server.messages import (
     StepStatsEvent,
 )
 from server.metrics import Metrics
+from server.open_commands import OpenCommands
 from server.pending import GenerationEvent, Pending, Stream, Worker
+from server.placement import STORM_DEATHS, STORM_SECONDS, Placement, WorkerState
 from server.supervisor import WorkerProcess
 from server.text import TextCodec
 
@@ -40,12 +42,7 @@ log = structlog.get_logger("server.pool")
 Launch = Callable[[LoadCommand, Callable[[Event], None], Callable[[], None]], Worker]
 
 
-@dataclass(slots=True)
-class WorkerState:
-    name: str
-    transport: Worker
-    ready: ReadyEvent | None = None
-    num_deaths: int = 0
+WATCH_SECONDS = 1.0
 
 
 class WorkerPool:
@@ -65,10 +62,10 @@ class WorkerPool:
         self._failed = asyncio.Event()
         self._config = config
         self._launch = launch
-        self._workers: list[WorkerState] = []
-        self._pending: dict[str, Pending] = {}
+        self._placement = Placement()
+        self._open_commands = OpenCommands(metrics, self._placement)
         self._tasks: set[asyncio.Task[None]] = set()
-        self._capacity = config.max_num_seqs + config.max_num_queued_reqs
+        self._capacity = config.num_workers * config.max_num_seqs + config.max_num_queued_reqs
         self._num_slots = 0
         self._num_sequences = 0
         self._idle = asyncio.Event()
@@ -79,6 +76,11 @@ class WorkerPool:
 
     def start(self) -> None:
         """Start the workers; returns at once, `refusal` says how far they are."""
+        for index in range(self._config.num_workers):
+            self._start_worker(index)
+        self._spawn(self._watch_steps())
+
+    def _start_worker(self, index: int) -> None:
         load = LoadCommand(
             target=self._config.model,
             draft=self._config.speculative_config.model,
@@ -86,17 +88,30 @@ class WorkerPool:
             dtype=self._config.dtype,
             max_model_len=self._config.max_model_len,
             max_num_seqs=self._config.max_num_seqs,
+            worker=index,
+            num_workers=self._config.num_workers,
         )
-        self._start_worker("0", load)
-
-    def _start_worker(self, name: str, load: LoadCommand) -> None:
         worker = WorkerState(
-            name,
+            str(index),
             self._launch(load, lambda event: self._on_event(worker, event), lambda: self._on_lost(worker)),
         )
-        self._workers.append(worker)
-        self.metrics.worker_up.labels(name).set(0)
+        self._placement.workers.append(worker)
+        self.metrics.worker_up.labels(worker.name).set(0)
         worker.transport.start()
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _watch_steps(self) -> None:
+        """A worker with work that makes no step is as good as dead."""
+        seconds = self._config.worker_timeout
+        while True:
+            await asyncio.sleep(min(WATCH_SECONDS, seconds / 4))
+            for worker in self._placement.stuck(time.monotonic(), seconds):
+                log.error("worker_stuck", worker=worker.name, timeout_seconds=seconds)
+                worker.transport.replace()
 
     async def wait_ready(self) -> ReadyEvent:
         await self._ready.wait()
@@ -116,24 +131,26 @@ class WorkerPool:
             return "draining"
         if self.model is None or self.codec is None:
             return "model_loading"
-        return None if any(worker.ready for worker in self._workers) else "no_worker"
+        return None if self._placement.any_ready and self._fatal is None else "no_worker"
 
     async def drain(self, timeout: float) -> None:  # noqa: ASYNC109 - the rest is told, not cancelled
         """Take nothing new, let what runs finish within `timeout` seconds, then tell the rest."""
         self.draining = True
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._idle.wait(), timeout)
-        for pending in list(self._pending.values()):
-            pending.worker.send(CancelCommand(id=pending.command.id))
-            self._fail(pending, "draining", "the server shuts down")
+        for pending in self._open_commands:
+            pending.send(CancelCommand(id=pending.command.id))
+            self._open_commands.fail(pending, "draining", "the server shuts down")
 
     async def stop(self) -> None:
-        await asyncio.gather(*(worker.transport.stop() for worker in self._workers))
-        for pending in list(self._pending.values()):
-            self._fail(pending, "worker_failed", "the server stopped")
+        await asyncio.gather(*(worker.transport.stop() for worker in self._placement.workers))
+        for task in self._tasks:
+            task.cancel()
+        for pending in self._open_commands:
+            self._open_commands.fail(pending, "worker_failed", "the server stopped")
 
     def kill(self) -> None:
-        for worker in self._workers:
+        for worker in self._placement.workers:
             worker.transport.kill()
 
     # Requests
@@ -170,10 +187,9 @@ class WorkerPool:
 
     def finish(self, command_id: str, choice: int, num_tokens: int) -> None:
         """The text of a choice ended with its first `num_tokens` tokens."""
-        pending = self._pending.get(command_id)
+        pending = self._open_commands.get(command_id)
         if pending is not None:
-            command = FinishCommand(id=command_id, choice=choice, num_tokens=num_tokens)
-            pending.worker.send(command)
+            pending.send(FinishCommand(id=command_id, choice=choice, num_tokens=num_tokens))
 
     def _check(self, has_room: bool) -> None:
         reason = self.refusal or (None if has_room else "queue_full")
@@ -185,36 +201,40 @@ class WorkerPool:
         # A request larger than the whole queue still gets its turn when it is alone.
         fits = self._num_sequences == 0 or self._num_sequences + num_sequences <= self._capacity
         self._check(fits)
-        worker = next(worker for worker in self._workers if worker.ready)
         self._num_sequences += num_sequences
         stream = Stream(num_sequences, {command.id for command in commands})
         for command in commands:
-            self._pending[command.id] = Pending(command, stream, model, arrived, worker.transport)
-            worker.transport.send(command)
+            pending = Pending(command, stream, model, arrived)
+            self._open_commands.add(pending)
+            self._placement.place(pending, time.monotonic())
         return stream
 
     def _close(self, stream: Stream) -> None:
         """What is still open goes on as an abort: its FinishedEvent closes the books."""
         self._num_sequences -= stream.num_sequences
         for command_id in list(stream.open_ids):
-            self._pending[command_id].worker.send(CancelCommand(id=command_id))
+            pending = self._open_commands.get(command_id)
+            assert pending is not None
+            pending.abandoned = True
+            if pending.worker is None:
+                self._open_commands.end(pending, FinishReason.ABORT)
+            else:
+                pending.send(CancelCommand(id=command_id))
 
     # Events
 
     def _on_event(self, worker: WorkerState, event: Event) -> None:
         if isinstance(event, StepEvent):
-            self._on_step(event)
+            self._open_commands.on_step(event)
         elif isinstance(event, StepStatsEvent):
-            self.metrics.record_step(event, worker.name, self._config.target_id)
+            self._on_stats(worker, event)
         elif isinstance(event, FinishedEvent):
-            self._on_finished(event)
+            self._open_commands.on_finished(event)
         elif isinstance(event, FailedEvent):
-            if pending := self._pending.get(event.id):
-                self._fail(pending, event.code, event.message)
+            if pending := self._open_commands.get(event.id):
+                self._open_commands.fail(pending, event.code, event.message)
         elif isinstance(event, ReadyEvent):
-            task = asyncio.get_running_loop().create_task(self._on_ready(worker, event, worker.num_deaths))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self._spawn(self._on_ready(worker, event, worker.num_deaths))
         elif isinstance(event, FatalEvent):
             self._on_fatal(event)
         elif isinstance(event, LoadingEvent):
@@ -240,36 +260,31 @@ class WorkerPool:
         self.metrics.worker_up.labels(worker.name).set(1)
         self.metrics.load_seconds.labels(worker.name).set(event.load_seconds)
         self._ready.set()
+        self._placement.dispatch(time.monotonic())
 
     def _on_lost(self, worker: WorkerState) -> None:
-        worker.ready = None
-        worker.num_deaths += 1
+        """Who had sent nothing is served by another worker, or by the next one; the others are told."""
+        victims, now = worker.lose(), time.monotonic()
         self.metrics.worker_up.labels(worker.name).set(0)
         self.metrics.worker_restarts.labels(worker.name).inc()
-        for pending in list(self._pending.values()):
-            if pending.worker is worker.transport:
-                self._fail(pending, "worker_failed", "the worker died")
+        self._record_rows()
+        log.error("worker_died", worker=worker.name, commands=len(victims))
+        if self._placement.note_death(now):
+            message = f"{STORM_DEATHS} workers died within {STORM_SECONDS:.0f} s: the log says of what"
+            self._on_fatal(FatalEvent(message=message, exit_code=1))
+        self._placement.place_again(
+            [pending for pending in victims if self._open_commands.survives(pending)], now
+        )
+        if self._fatal is not None:
+            for pending in self._open_commands:
+                self._open_commands.fail(pending, "worker_failed", "workers die again and again")
 
-    def _on_step(self, event: StepEvent) -> None:
-        pending = self._pending.get(event.id)
-        if pending is None:
-            return
-        pending.record_tokens(self.metrics, event, time.monotonic())
-        pending.stream.events.put_nowait(event)
+    def _on_stats(self, worker: WorkerState, event: StepStatsEvent) -> None:
+        worker.note_step(event, time.monotonic())
+        self.metrics.record_step(event, worker.name)
+        self._record_rows()
 
-    def _on_finished(self, event: FinishedEvent) -> None:
-        pending = self._pending.pop(event.id, None)
-        if pending is None:
-            return
-        pending.record_end(self.metrics, event, time.monotonic())
-        self._deliver_end(pending, event)
-
-    def _fail(self, pending: Pending, code: str, message: str) -> None:
-        log.error("request_failed", command=pending.command.id, code=code, reason=message)
-        del self._pending[pending.command.id]
-        self.metrics.requests.labels(pending.model, pending.method, str(FinishReason.ERROR)).inc()
-        self._deliver_end(pending, FailedEvent(id=pending.command.id, code=code, message=message))
-
-    def _deliver_end(self, pending: Pending, event: FinishedEvent | FailedEvent) -> None:
-        pending.stream.open_ids.discard(pending.command.id)
-        pending.stream.events.put_nowait(event)
+    def _record_rows(self) -> None:
+        workers, model = self._placement.workers, self._config.target_id
+        self.metrics.requests_running.labels(model).set(sum(each.num_running for each in workers))
+        self.metrics.requests_waiting.labels(model).set(sum(each.num_waiting for each in workers))

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import math
 import socket
 import subprocess
 import sys
@@ -27,7 +28,7 @@ from server.messages import (
 WORKER_COMMAND = (sys.executable, "-m", "server.worker")
 FIRST_BACKOFF_SECONDS = 0.5
 LAST_BACKOFF_SECONDS = 30.0
-STABLE_SECONDS = 60.0  # a life as long as this starts the backoff anew
+STABLE_SECONDS = 10.0  # having been ready for as long as this starts the backoff anew
 STOP_GRACE_SECONDS = 2.0
 EXIT_GRACE_SECONDS = 1.0  # from the end of its link to the end of a dying worker
 STDERR = 2
@@ -58,6 +59,7 @@ class WorkerProcess:
         self._writer: asyncio.StreamWriter | None = None
         self._task: asyncio.Task[None] | None = None
         self._ready = False
+        self._ready_since = 0.0  # of the event loop's clock
         self._stopping = False
         self._fatal = False
 
@@ -86,6 +88,11 @@ class WorkerProcess:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
 
+    def replace(self) -> None:
+        """End the process now, as a death: its successor is started."""
+        if self._process is not None:
+            self._process.kill()
+
     def kill(self) -> None:
         """End the process now and reap it."""
         self._stopping = True
@@ -97,11 +104,11 @@ class WorkerProcess:
         loop = asyncio.get_running_loop()
         delay = FIRST_BACKOFF_SECONDS
         while not self._stopping:
-            born = loop.time()
+            self._ready_since = math.inf
             await self._live()
             if self._stopping or self._fatal:
                 return
-            if loop.time() - born > STABLE_SECONDS:
+            if loop.time() - self._ready_since > STABLE_SECONDS:
                 delay = FIRST_BACKOFF_SECONDS
             log.error("worker_restarts", after_seconds=delay)
             await asyncio.sleep(delay)
@@ -131,7 +138,7 @@ class WorkerProcess:
         return subprocess.Popen(  # noqa: S603 - the command line is ours
             [*self._command_line, WORKER_LINK_FLAG, str(link_fd)],
             pass_fds=(link_fd,),
-            env=worker_environment(),
+            env=worker_environment(self._load.worker, self._load.num_workers),
             stdin=subprocess.DEVNULL,
             stdout=STDERR,
             process_group=0,
@@ -150,6 +157,8 @@ class WorkerProcess:
             log.error("bad_frame", reason=str(error))
 
     def _handle(self, event: Event) -> None:
-        self._ready = self._ready or isinstance(event, ReadyEvent)
+        if isinstance(event, ReadyEvent):
+            self._ready = True
+            self._ready_since = asyncio.get_running_loop().time()
         self._fatal = self._fatal or isinstance(event, FatalEvent)
         self._on_event(event)

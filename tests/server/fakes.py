@@ -228,6 +228,7 @@ class ThreadWorker:
         self.load = load
         self.commands: list[Command] = []
         self.stop_is_deaf = False
+        self.num_replaced = 0
         self._on_event = on_event
         self._on_lost = on_lost
         self._engine = engine
@@ -255,6 +256,10 @@ class ThreadWorker:
         self._on_event(ready)
 
     def die(self) -> None:
+        self._on_lost()
+
+    def replace(self) -> None:
+        self.num_replaced += 1
         self._on_lost()
 
     def send(self, command: Command) -> None:

@@ -202,10 +202,19 @@ async def test_failure_in_the_middle_of_a_stream(serve: Serve, failure: str) -> 
         assert blocks[-2:] == ["data: [DONE]", ""]
 
 
-async def test_death_tells_every_waiter(served: Served) -> None:
+async def test_death_retries_what_sent_nothing_once(served: Served) -> None:
+    """Present at two deaths, a request may be their cause: it is told, and not tried again."""
     served.engine.gate.clear()
     clients = [Client(served, stream=number % 2 == 0) for number in range(6)]
     await until(lambda: len(served.worker.commands) == 6)
+    first = list(served.worker.commands)
+    served.worker.die()
+    assert served.pool.refusal == "no_worker"
+    assert not any(client.task.done() for client in clients)
+    assert served.pool.model is not None
+    served.worker.say_ready(served.pool.model)
+    await until(lambda: len(served.worker.commands) == 12)
+    assert served.worker.commands[6:] == first
     served.worker.die()
     await asyncio.wait_for(asyncio.gather(*(client.task for client in clients)), 5)
     assert [client.sent[0]["status"] for client in clients] == [500] * 6
