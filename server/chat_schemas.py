@@ -6,11 +6,12 @@ Fields of OpenAI's that are not served are known here, so that they are refused 
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Discriminator, Field, Tag
+from pydantic import Discriminator, Field, Tag
 
-from server.schemas import MAX_INTEGER, STRICT, GenerationRequest, TokenId
+from server.schemas import MAX_INTEGER, GenerationRequest, StrictModel, TokenId
 
 MAX_MESSAGES = 2048
+MAX_PARTS = 1024
 MAX_TOP_LOG_PROBS = 20
 
 ModelName = Annotated[str, Field(min_length=1, max_length=256)]
@@ -20,9 +21,7 @@ def _content_shape(value: Any) -> str:
     return "text" if isinstance(value, str) else "texts" if isinstance(value, list) else "none"
 
 
-class ContentPart(BaseModel):
-    model_config = STRICT
-
+class ContentPart(StrictModel):
     type: Annotated[str, Field(max_length=64)]
     text: str | None = None
     image_url: Any = None
@@ -31,13 +30,13 @@ class ContentPart(BaseModel):
     refusal: Any = None
 
 
-class ChatMessage(BaseModel):
-    model_config = STRICT
+Parts = Annotated[list[ContentPart], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True)]
 
+
+class ChatMessage(StrictModel):
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: Annotated[
-        Annotated[str, Tag("text")]
-        | Annotated[list[ContentPart], Field(min_length=1, fail_fast=True), Tag("texts")],
+        Annotated[str, Tag("text")] | Annotated[Parts, Tag("texts")],
         Discriminator(_content_shape),
     ]
     name: Annotated[str, Field(max_length=256)] | None = None
@@ -94,10 +93,8 @@ class ChatRequest(GenerationRequest):
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
 
-class TokenizeRequest(BaseModel):
+class TokenizeRequest(StrictModel):
     """The body of `POST /tokenize`, vLLM's: a text or a conversation."""
-
-    model_config = STRICT
 
     model: ModelName | None = None
     prompt: str | None = None
@@ -107,10 +104,8 @@ class TokenizeRequest(BaseModel):
     return_token_strs: bool | None = None
 
 
-class DetokenizeRequest(BaseModel):
+class DetokenizeRequest(StrictModel):
     """The body of `POST /detokenize`, vLLM's."""
-
-    model_config = STRICT
 
     model: ModelName | None = None
     tokens: Annotated[list[TokenId], Field(fail_fast=True)]

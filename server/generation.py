@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 from server.admission import Job
@@ -91,7 +91,7 @@ class Generation:
     def usage_so_far(self) -> dict[str, int]:
         return usage(self.report.prompt_tokens, sum(text.num_tokens for text in self._texts.values()))
 
-    def body(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+    def body(self, kind: str, choices: Sequence[Any]) -> dict[str, Any]:
         """What the response and every chunk have in common."""
         return {
             "id": self.job.id,

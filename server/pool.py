@@ -35,6 +35,7 @@ from server.pending import GenerationEvent, Pending, Stream, Worker
 from server.placement import STORM_DEATHS, STORM_SECONDS, Placement, WorkerState
 from server.supervisor import WorkerProcess
 from server.text import TextCodec
+from server.turns import Turn
 
 log = structlog.get_logger("server.pool")
 
@@ -178,10 +179,12 @@ class WorkerPool:
         seconds). Raises OverloadedError.
         """
         stream = self._open(commands, model, arrived)
+        turn = Turn()
         try:
             while stream.open_ids or not stream.events.empty():
                 event = await stream.events.get()
                 yield event
+                await turn.pass_on()
         finally:
             self._close(stream)
 

@@ -30,15 +30,24 @@ async def collect(generation: Generation) -> dict[str, Any]:
     async with contextlib.aclosing(generation.deltas()) as deltas:
         async for delta in deltas:
             gathered.setdefault(delta.choice, []).append(delta)
-    shape, codec = generation.shape, generation.codec
     choices = []
     for index, candidate in enumerate(generation.ranked()):
-        whole = merged(gathered[candidate])
-        choices.append(shape.whole(codec, index, whole.text, whole))
-        await asyncio.sleep(0)  # long scored prompts times many choices would hold up the others
+        parts = gathered[candidate]
+        if generation.job.request.num_top_log_probs is None:
+            choices.append(_choice(generation, index, parts))
+        else:  # a scored prompt has thousands of them
+            choices.append(await asyncio.to_thread(_choice, generation, index, parts))
     report = generation.report
-    body = generation.body(shape.whole_object, choices)
+    body = generation.body(generation.shape.whole_object, choices)
     return body | {"usage": report.usage(), "metrics": report.metrics()}
+
+
+def _choice(generation: Generation, index: int, deltas: list[Delta]) -> msgspec.Raw:
+    """One choice as JSON."""
+    whole = merged(deltas)
+    return msgspec.Raw(
+        msgspec.json.encode(generation.shape.whole(generation.codec, index, whole.text, whole))
+    )
 
 
 def merged(deltas: list[Delta]) -> Delta:

@@ -24,6 +24,7 @@ from server.messages import (
     encode_frame,
     frame_length,
 )
+from server.turns import Turn
 
 WORKER_COMMAND = (sys.executable, "-m", "server.worker")
 FIRST_BACKOFF_SECONDS = 0.5
@@ -146,8 +147,10 @@ class WorkerProcess:
 
     async def _read_events(self, reader: asyncio.StreamReader) -> None:
         """Until end of file, which is how a death is told, or a bad frame, which ends this link."""
+        turn = Turn()
         try:
             while True:
+                await turn.pass_on()
                 header = await reader.readexactly(HEADER_BYTES)
                 payload = await reader.readexactly(frame_length(header))
                 self._handle(self._decoder.decode(payload))

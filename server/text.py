@@ -48,6 +48,10 @@ class TextCodec:
         text: str = self.tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
         return text
 
+    def strings(self, token_ids: list[int]) -> list[str | None]:
+        """The tokens as the vocabulary writes them."""
+        return [self.tokenizer.id_to_token(token_id) for token_id in token_ids]
+
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that a token stands for, whatever its neighbours."""
         token: str = self._added.get(token_id) or self.tokenizer.id_to_token(token_id) or ""

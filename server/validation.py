@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from server import schemas
 from server.chat_schemas import ChatMessage, ChatRequest
 from server.errors import InvalidRequestError
 from server.schemas import MAX_BIASES, MAX_CHOICES, CompletionRequest, GenerationRequest
@@ -16,10 +17,16 @@ LIST_FIELDS = frozenset(
     | {"speculative.candidates_per_level"}
 )
 MAX_NAME = 64
+# What a body may hold: a conversation of 2048 messages has 6,146 arrays and objects at most.
+MAX_CONTAINERS = 8192
+MAX_MEMBERS = 65_536
+MAX_STRINGS = 131_072
 
-NOT_JSON = (
-    "We could not parse the JSON body of your request: send one JSON object in UTF-8 "
-    "without NaN, Infinity or lone surrogates."
+NOT_PARSED = "We could not parse the JSON body of your request: "
+NOT_JSON = f"{NOT_PARSED}send one JSON object in UTF-8 without NaN, Infinity or lone surrogates."
+TOO_MANY_PARTS = (
+    f"{NOT_PARSED}it may hold at most {MAX_CONTAINERS} arrays and objects, {MAX_MEMBERS} fields of objects "
+    f"and {MAX_STRINGS} strings."
 )
 
 EXPECTED_TYPES = {
@@ -76,10 +83,29 @@ M = TypeVar("M", bound=BaseModel)
 
 def parse(kind: type[M], body: bytes) -> M:
     """Raises InvalidRequestError."""
+    _check_size(body)
     try:
         return kind.model_validate_json(body)
     except ValidationError as error:
         raise describe(error.errors(include_url=False, include_input=False)[0]) from None
+
+
+def _check_size(body: bytes) -> None:
+    """Raises InvalidRequestError where a Python object for each part would hold up the event loop.
+
+    What is counted at first may be inside strings: only when it is too much, strings are left out.
+    """
+    few_strings = body.count(b'"') <= 2 * MAX_STRINGS
+    if few_strings and _is_small(body):
+        return
+    unescaped = body.replace(rb"\\", b"").replace(rb"\"", b"")
+    few_strings = unescaped.count(b'"') <= 2 * MAX_STRINGS
+    if not (few_strings and _is_small(b"".join(unescaped.split(b'"')[::2]))):
+        raise InvalidRequestError(TOO_MANY_PARTS, code=None)
+
+
+def _is_small(text: bytes) -> bool:
+    return text.count(b"[") + text.count(b"{") <= MAX_CONTAINERS and text.count(b":") <= MAX_MEMBERS
 
 
 def parse_completion(body: bytes) -> CompletionRequest:
@@ -128,7 +154,10 @@ def describe(error: ErrorDetails) -> InvalidRequestError:
     kind, context = error["type"], error.get("ctx", {})
     if kind == "json_invalid":
         return InvalidRequestError(NOT_JSON, code=None)
-    param = param_of(error["loc"])
+    location = error["loc"]
+    if kind == schemas.UNKNOWN_FIELD:
+        location = (*location, context["name"])
+    param = param_of(location)
     if param is None:
         return InvalidRequestError("The body must be a JSON object.", code="invalid_type")
     code, rule = _code_and_rule(kind, context, param, integer=isinstance(_bound(context), int))
@@ -143,7 +172,7 @@ def param_of(location: tuple[int | str, ...]) -> str | None:
         return None
     if names[0] in LIST_FIELDS:
         return names[0]
-    return ".".join("".join(c for c in name if c.isprintable())[:MAX_NAME] for name in names[:2])
+    return ".".join("".join(c for c in name[:MAX_NAME] if c.isprintable()) for name in names[:2])
 
 
 def _bound(context: dict[str, Any]) -> Any:
@@ -182,7 +211,7 @@ def _other_rule(kind: str, context: dict[str, Any], param: str) -> tuple[str, st
             return "missing_required_parameter", f"is required, and must be {expected}"
         case "missing":
             return "missing_required_parameter", "is required"
-        case "extra_forbidden":
+        case schemas.UNKNOWN_FIELD:
             return "unknown_parameter", "is not a parameter of this endpoint: remove it"
         case "union_tag_invalid" | "union_tag_not_found":
             return "invalid_type", f"must be {expected}"

@@ -88,7 +88,7 @@ def make(tmp_path: Path) -> Make:
         **settings: Any,
     ) -> Made:
         engine = engine or ScriptedEngine()
-        event = ready_event(save_tokenizer(tmp_path), has_draft=has_draft)
+        event = ready_event(save_tokenizer(tmp_path), has_draft=has_draft, context=engine.context)
         speculative = {"model": "tiny-draft"} if has_draft else {}
         config = ServerConfig(**{"model": "tiny", "speculative_config": speculative, **settings})
         workers: list[ThreadWorker] = []

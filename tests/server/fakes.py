@@ -28,6 +28,7 @@ from server.messages import (
     encode_frame,
     frame_length,
 )
+from server.turns import Turn
 
 BOS, EOS = 256, 257
 VOCAB_SIZE = 258
@@ -92,6 +93,7 @@ class ScriptedEngine:
     script: Script = field(default_factory=lambda: constant("abcdefghij"))
     tokens_per_step: int = 3
     max_num_seqs: int = 4
+    context: int = CONTEXT
     gate: threading.Event = field(default_factory=threading.Event)
     hold_after: int | None = None
     failures: deque[Exception] = field(default_factory=deque)
@@ -120,7 +122,7 @@ class ScriptedEngine:
         return {"target": len(self._running) / self.max_num_seqs}
 
     def add(self, sequence: Sequence) -> None:
-        if len(sequence.prompt_ids) + sequence.params.max_tokens > CONTEXT:
+        if len(sequence.prompt_ids) + sequence.params.max_tokens > self.context:
             raise ValueError("max_tokens and the prompt must fit")
         self.added.append(sequence)
         self._waiting.append(sequence)
@@ -193,10 +195,10 @@ def scripted_scores(sequence: Sequence) -> list[TokenLogProb]:
     ]
 
 
-def ready_event(tokenizer_file: str, *, has_draft: bool = True) -> ReadyEvent:
+def ready_event(tokenizer_file: str, *, has_draft: bool = True, context: int = CONTEXT) -> ReadyEvent:
     return ReadyEvent(
         vocab_size=VOCAB_SIZE,
-        max_model_len=CONTEXT,
+        max_model_len=context,
         eos_token_ids=[EOS],
         bos_token_id=BOS,
         tokenizer_file=tokenizer_file,
@@ -281,8 +283,10 @@ class ThreadWorker:
     async def _read(self, link: socket.socket) -> None:
         decoder: FrameDecoder[Event] = FrameDecoder(Event)
         reader, writer = await asyncio.open_connection(sock=link)
+        turn = Turn()
         try:
             while True:
+                await turn.pass_on()
                 header = await reader.readexactly(HEADER_BYTES)
                 self._on_event(decoder.decode(await reader.readexactly(frame_length(header))))
         except asyncio.IncompleteReadError:
