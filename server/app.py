@@ -27,7 +27,7 @@ from server.pool import WorkerPool
 from server.rate_limit import RateLimitMiddleware
 from server.report import system_fingerprint
 from server.request_log import RequestLog
-from server.routes import chat, completions, models, probes, tokens
+from server.routes import chat, completions, models, playground, probes, tokens
 from server.schemas import CompletionRequest
 
 
@@ -49,7 +49,7 @@ def create_app(
     app.state.limits = limits or HttpLimits()
     app.state.request_log = RequestLog(pool.metrics)
     app.state.fingerprint = system_fingerprint(config)
-    for routes in (completions, chat, models, tokens, probes):
+    for routes in (completions, chat, models, tokens, probes, playground):
         app.include_router(routes.router)
     app.add_exception_handler(ApiError, handle_api_error)
     app.add_exception_handler(HTTPException, handle_http_exception)

@@ -8,6 +8,7 @@ from server.errors import InvalidRequestError, error_response
 from server.keys import known_digest
 
 OPEN_PATHS = frozenset({"/", "/health", "/ready", "/metrics"})
+OPEN_FOLDER = "/playground/"  # what the page is made of
 HEADERS = {"www-authenticate": "Bearer", "connection": "close"}
 
 
@@ -42,4 +43,5 @@ class KeyMiddleware:
 
 def is_open(scope: Scope) -> bool:
     """Whether a path is for everybody: it needs no key and is not counted against a rate."""
-    return scope["path"].removeprefix(scope.get("root_path", "")) in OPEN_PATHS
+    path = scope["path"].removeprefix(scope.get("root_path", ""))
+    return path in OPEN_PATHS or path.startswith(OPEN_FOLDER)

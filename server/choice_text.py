@@ -5,7 +5,7 @@ import itertools
 from dataclasses import dataclass
 
 from decoding import FinishReason
-from server.logprobs import TokenEntry
+from server.logprobs import Origin, TokenEntry
 from server.messages import StepEvent, TokenScore
 from server.text import Detokenizer, StopMatch, StopScanner, TextCodec
 
@@ -34,10 +34,10 @@ class Prefix:
         offsets = [min(max(start - added, 0), len(prompt)) for start in starts]
         return cls(prompt, token_ids, offsets)
 
-    def entries(self, scores: list[TokenScore]) -> list[TokenEntry]:
-        first = TokenEntry(self.token_ids[0], None, [], self.offsets[0])
+    def entries(self, scores: list[TokenScore], origin: Origin | None = None) -> list[TokenEntry]:
+        first = TokenEntry(self.token_ids[0], None, [], self.offsets[0], origin)
         rest = zip(self.token_ids[1:], scores, self.offsets[1:], strict=True)
-        return [first, *(TokenEntry(each, score.log_prob, score.top, at) for each, score, at in rest)]
+        return [first, *(TokenEntry(each, score.log_prob, score.top, at, origin) for each, score, at in rest)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,12 +58,16 @@ class Delta:
 
 @dataclass(frozen=True, slots=True)
 class TextRules:
-    """What of a choice's tokens becomes text, and whether its log-probabilities are wanted."""
+    """What of a choice's tokens becomes text, and whether its log-probabilities are wanted.
+
+    With `origins` they say which model proposed each token.
+    """
 
     stop_token_ids: list[int]
     include_stop: bool
     min_tokens: int = 0
     log_probs: bool = False
+    origins: bool = False
 
 
 class ChoiceText:
@@ -114,7 +118,8 @@ class ChoiceText:
         if prefix is None:
             return ""
         if self._rules.log_probs:
-            self._entries += prefix.entries(event.prompt_log_probs or [])
+            origin: Origin | None = "prompt" if self._rules.origins else None
+            self._entries += prefix.entries(event.prompt_log_probs or [], origin)
         self._num_decoded += len(prefix.text)
         return prefix.text
 
@@ -133,7 +138,13 @@ class ChoiceText:
         self.log_prob_sum += log_prob
         if self._rules.log_probs:
             top = event.top_log_probs[position] if event.top_log_probs else []
-            self._entries.append(TokenEntry(event.token_ids[position], log_prob, top, self._num_decoded))
+            token_id, at = event.token_ids[position], self._num_decoded
+            self._entries.append(TokenEntry(token_id, log_prob, top, at, self._origin(event, position)))
+
+    def _origin(self, event: StepEvent, position: int) -> Origin | None:
+        if not self._rules.origins:
+            return None
+        return "draft" if position in event.draft_positions else "target"
 
     def _end(self, choice: int, text: str, reason: FinishReason, stop: str | int | None) -> Delta:
         self.finished = True

@@ -45,6 +45,7 @@ class Generation:
                 include_stop=include_stop,
                 min_tokens=request.min_tokens or 0,
                 log_probs=request.num_top_log_probs is not None,
+                origins=request.options.metrics == "detailed",
             ),
             prefix,
         )

@@ -90,6 +90,7 @@ class Ticket:
             choice=choice.index,
             token_ids=list(output.token_ids),
             log_probs=list(output.log_probs),
+            draft_positions=list(range(self._num_from_draft(output))),
             finish_reason=output.finish_reason,
             stop_token_id=output.stop_token_id,
             top_log_probs=None if tops is None else [list(top) for top in tops],
@@ -97,6 +98,13 @@ class Ticket:
             if scores is None
             else [TokenScore(s.log_prob, list(s.top)) for s in scores],
         )
+
+    def _num_from_draft(self, output: SequenceOutput) -> int:
+        """A step's tokens begin with those that the draft proposed and the target accepted."""
+        config, num_tokens = self.command.config, len(output.token_ids)
+        if not config.uses_draft:
+            return 0
+        return min(output.num_accepted_tokens, num_tokens) if config.uses_target else num_tokens
 
     def finished_event(self, now: float) -> FinishedEvent | None:
         """The command's end once every choice has one."""

@@ -74,6 +74,8 @@ class Outbox:
                 event,
                 token_ids=earlier.token_ids + event.token_ids,
                 log_probs=earlier.log_probs + event.log_probs,
+                draft_positions=earlier.draft_positions
+                + [len(earlier.token_ids) + position for position in event.draft_positions],
                 top_log_probs=_joined(earlier.top_log_probs, event.top_log_probs),
                 prompt_log_probs=earlier.prompt_log_probs or event.prompt_log_probs,
             )

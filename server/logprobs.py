@@ -2,36 +2,42 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from server.messages import TopLogProbs
 from server.text import TextCodec
 
 LOWEST_LOG_PROB = -9999.0  # what -inf is written as
 
+Origin = Literal["prompt", "draft", "target"]
+
 
 @dataclass(frozen=True, slots=True)
 class TokenEntry:
     """One token of a choice: `offset` is where it begins in the choice's text, in characters.
 
-    The first token of an echoed prompt has no log-probability.
+    The first token of an echoed prompt has no log-probability. `origin` says where it comes from: the
+    model that proposed it, where that was asked for.
     """
 
     token_id: int
     log_prob: float | None
     top: TopLogProbs
     offset: int
+    origin: Origin | None = None
 
 
 def completion_log_probs(codec: TextCodec, entries: Iterable[TokenEntry]) -> dict[str, Any]:
     """The log-prob object of `/v1/completions`: parallel lists, one element per token."""
     listed = list(entries)
-    return {
+    shown: dict[str, Any] = {
         "tokens": [codec.token_text(entry.token_id) for entry in listed],
         "token_logprobs": [_finite(entry.log_prob) for entry in listed],
         "top_logprobs": [_top(codec, entry) for entry in listed],
         "text_offset": [entry.offset for entry in listed],
     }
+    origins = [entry.origin for entry in listed if entry.origin is not None]
+    return shown | {"origins": origins} if origins else shown
 
 
 def _top(codec: TextCodec, entry: TokenEntry) -> dict[str, float | None] | None:
@@ -49,6 +55,7 @@ def chat_log_probs(codec: TextCodec, entries: Iterable[TokenEntry]) -> dict[str,
     content = [
         _chat_token(codec, entry.token_id, entry.log_prob)
         | {"top_logprobs": [_chat_token(codec, token_id, value) for token_id, value in entry.top]}
+        | ({} if entry.origin is None else {"origin": entry.origin})
         for entry in entries
     ]
     return {"content": content, "refusal": None}

@@ -119,14 +119,16 @@ class FatalEvent(Message, frozen=True, kw_only=True):
 class StepEvent(Message, frozen=True, kw_only=True):
     """Tokens of one choice since its last event: of one step, or of several when the reader lags.
 
-    `top_log_probs` has an entry per token where they were asked for; `prompt_log_probs`, of the prompt
-    from its second token on, come with the first event of a choice that asked for them.
+    `draft_positions` are the places in `token_ids` of tokens that the draft proposed. `top_log_probs`
+    has an entry per token where they were asked for; `prompt_log_probs`, of the prompt from its second
+    token on, come with the first event of a choice that asked for them.
     """
 
     id: str
     choice: int
     token_ids: list[int]
     log_probs: list[float]
+    draft_positions: list[int] = []
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
     top_log_probs: list[TopLogProbs] | None = None

@@ -84,6 +84,17 @@ async def test_log_probs_are_chat_shaped(serve: Serve) -> None:
     }
 
 
+async def test_detailed_says_who_proposed_each_token(served: Served) -> None:
+    fields = {"max_tokens": 4, "logprobs": True, "speculative": {"metrics": "detailed"}}
+    (choice,) = (await chat(served, **fields)).json()["choices"]
+    assert [each["origin"] for each in choice["logprobs"]["content"]] == [
+        "draft",
+        "draft",
+        "target",
+        "target",
+    ]
+
+
 async def test_the_answer_may_fill_the_context(served: Served) -> None:
     await chat(served)
     await chat(served, max_completion_tokens=5)

@@ -67,6 +67,26 @@ async def test_every_counted_token_has_an_entry(served: Served) -> None:
     assert shown["text_offset"] == list(range(11))
 
 
+@pytest.mark.parametrize(
+    ("method", "origins"),
+    [
+        ("target", ["target"] * 6),
+        ("mtjd", ["target"] * 6),
+        ("draft", ["draft"] * 6),
+        ("mmtad", ["draft", "draft", "target", "draft", "draft", "target"]),
+    ],
+)
+async def test_detailed_says_who_proposed_each_token(served: Served, method: str, origins: list[str]) -> None:
+    fields = {"max_tokens": 6, "logprobs": 1, "prompt": "pq", "echo": True}
+    fields["speculative"] = {"method": method, "metrics": "detailed"}
+    assert (await whole(served, **fields))[0]["origins"] == ["prompt", "prompt", *origins]
+    chunks = events(await served.complete(**fields, stream=True))
+    shown = [choice["logprobs"] for chunk in chunks for choice in chunk["choices"]]
+    assert [origin for part in shown for origin in part["origins"]] == ["prompt", "prompt", *origins]
+    fields["speculative"] = {"method": method}
+    assert "origins" not in (await whole(served, **fields))[0]
+
+
 @pytest.mark.parametrize("tokens_per_step", [1, 2, 3, 5])
 @pytest.mark.parametrize("stop", [None, "€", "ö€", "🎉x", ["ñ", "zz"], "€ñ"])
 @pytest.mark.parametrize("echo", [False, True])

@@ -259,16 +259,20 @@ def test_merged_output_keeps_its_log_probs() -> None:
     with ours, theirs:
         outbox = Outbox(theirs)
         first: dict[str, Any] = {"id": "a", "choice": 0, "token_ids": [1], "log_probs": [-0.5]}
+        first["draft_positions"] = [0]
+        later: dict[str, Any] = {"id": "a", "choice": 0, "token_ids": [2, 6], "log_probs": [-1.5, -0.2]}
+        tops = [[(4, -0.1)], [(6, -0.2)]]
         outbox.put(StepEvent(**first, top_log_probs=[[(1, -0.5)]], prompt_log_probs=[score]))
-        outbox.put(StepEvent(id="a", choice=0, token_ids=[2], log_probs=[-1.5], top_log_probs=[[(4, -0.1)]]))
+        outbox.put(StepEvent(**later, draft_positions=[0], top_log_probs=tops))
         outbox.flush(wait=True)
         (event,) = Link(ours, queue.SimpleQueue()).until(lambda event: isinstance(event, StepEvent))
     assert event == StepEvent(
         id="a",
         choice=0,
-        token_ids=[1, 2],
-        log_probs=[-0.5, -1.5],
-        top_log_probs=[[(1, -0.5)], [(4, -0.1)]],
+        token_ids=[1, 2, 6],
+        log_probs=[-0.5, -1.5, -0.2],
+        draft_positions=[0, 1],
+        top_log_probs=[[(1, -0.5)], [(4, -0.1)], [(6, -0.2)]],
         prompt_log_probs=[score],
     )
 
