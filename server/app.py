@@ -21,6 +21,7 @@ from server.errors import (
     handle_http_exception,
 )
 from server.limits import HttpLimits
+from server.loop_lag import measured_lag
 from server.metrics import Metrics
 from server.middleware import RequestMiddleware
 from server.pool import WorkerPool
@@ -82,7 +83,8 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     pool: WorkerPool = app.state.pool
     pool.start()
     try:
-        yield
+        async with measured_lag(pool.metrics.loop_lag_seconds.observe):
+            yield
     finally:
         await pool.stop()
 

@@ -25,6 +25,7 @@ FIRST_TOKEN_BUCKETS = (
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0,
 )  # fmt: skip
 PER_TOKEN_BUCKETS = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5)
+LAG_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
 REQUEST_BUCKETS = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 60.0, 120.0, 300.0)
 SEQUENCE_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128)
 NODE_BUCKETS = (1, 2, 4, 8, 16, 32, 64)
@@ -91,6 +92,9 @@ class Metrics:
         )
         self.http_requests = self._counter(
             "http_requests", "HTTP requests by route template and status.", ("route", "status")
+        )
+        self.loop_lag_seconds = self._histogram(
+            "event_loop_lag_seconds", "How late the API process's event loop ran a timer.", LAG_BUCKETS, ()
         )
 
     def _define_latencies(self) -> None:
