@@ -21,7 +21,8 @@ COPY server server
 RUN chmod -R a+rX decoding models server
 
 FROM ${BASE}
-ENV HF_HOME=/models MMTAD_HOST=0.0.0.0 MMTAD_PORT=8000 PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
+ENV HOME=/home/mmtad HF_HOME=/models MMTAD_HOST=0.0.0.0 MMTAD_PORT=8000 \
+    PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
 RUN groupadd --gid 10001 mmtad \
     && useradd --uid 10001 --gid 10001 --home-dir /home/mmtad --no-create-home --shell /usr/sbin/nologin mmtad
 WORKDIR /app

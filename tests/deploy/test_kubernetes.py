@@ -1,0 +1,107 @@
+"""The manifests of deploy/kubernetes: valid for Kubernetes, and one with the server and each other."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from kubernetes_validate import SchemaNotFoundError, latest_version, validate
+
+from server.config import ServerConfig, load_config
+from server.metrics import Metrics
+
+ROOT = Path(__file__).parent.parent.parent
+FOLDER = ROOT / "deploy/kubernetes"
+PLACES = ("cpu", "gpu")
+UNCHECKED = {"PodMonitor"}  # of the Prometheus Operator: Kubernetes has no schema of it
+
+
+def resources(name: str) -> list[dict[str, Any]]:
+    return list(yaml.safe_load_all((FOLDER / name).read_text(encoding="utf-8")))
+
+
+def of_kind(place: str, kind: str) -> dict[str, Any]:
+    (found,) = [each for each in resources(f"{place}.yml") if each["kind"] == kind]
+    return found
+
+
+def pod(place: str) -> dict[str, Any]:
+    spec: dict[str, Any] = of_kind(place, "Deployment")["spec"]["template"]["spec"]
+    return spec
+
+
+def test_every_manifest_is_valid_or_listed() -> None:
+    unchecked = set()
+    for path in FOLDER.glob("*.yml"):
+        for resource in resources(path.name):
+            try:
+                validate(resource, latest_version(), strict=True)
+            except SchemaNotFoundError:
+                unchecked.add(resource["kind"])
+    assert unchecked == UNCHECKED
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_probes_tell_life_from_readiness(place: str) -> None:
+    (container,) = pod(place)["containers"]
+    paths = {probe: container[f"{probe}Probe"]["httpGet"]["path"] for probe in ("startup", "readiness")}
+    assert paths == {"startup": "/ready", "readiness": "/ready"}
+    assert container["livenessProbe"]["httpGet"]["path"] == "/health"
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_what_runs_may_end(place: str) -> None:
+    spec = pod(place)
+    (container,) = spec["containers"]
+    drain = ServerConfig.model_fields["shutdown_timeout"].default
+    before = container["lifecycle"]["preStop"]["sleep"]["seconds"]
+    assert spec["terminationGracePeriodSeconds"] > before + drain
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_pods_are_confined(place: str) -> None:
+    spec = pod(place)
+    (container,) = spec["containers"]
+    assert spec["securityContext"]["runAsNonRoot"] is True
+    assert spec["automountServiceAccountToken"] is False
+    own = container["securityContext"]
+    assert own["readOnlyRootFilesystem"] is True
+    assert own["allowPrivilegeEscalation"] is False
+    assert own["capabilities"] == {"drop": ["ALL"]}
+    assert "memory" in container["resources"]["limits"]
+    mounts = {mount["name"] for mount in container["volumeMounts"]}
+    assert mounts == {volume["name"] for volume in spec["volumes"]}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_services_and_scaling_find_their_pods(place: str) -> None:
+    deployment, service = of_kind(place, "Deployment"), of_kind(place, "Service")
+    labels = deployment["spec"]["template"]["metadata"]["labels"]
+    assert deployment["spec"]["selector"]["matchLabels"] == labels
+    assert service["spec"]["selector"] == labels
+    (container,) = pod(place)["containers"]
+    ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+    assert {port["targetPort"] for port in service["spec"]["ports"]} <= ports.keys()
+    scaler = of_kind(place, "HorizontalPodAutoscaler")["spec"]
+    assert scaler["scaleTargetRef"]["name"] == deployment["metadata"]["name"]
+    (metric,) = scaler["metrics"]
+    assert f"# TYPE {metric['pods']['metric']['name']} gauge" in Metrics("0").exposition().decode()
+    (monitor,) = resources("podmonitor.yml")
+    assert monitor["spec"]["selector"]["matchLabels"].items() <= labels.items()
+    assert {endpoint["port"] for endpoint in monitor["spec"]["podMetricsEndpoints"]} <= ports.keys()
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_the_server_accepts_its_environment(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (container,) = pod(place)["containers"]
+    keys = tmp_path / "keys.txt"
+    keys.write_text("a-key\n")
+    (port,) = container["ports"]
+    for variable in container["env"]:
+        monkeypatch.setenv(variable["name"], variable["value"].replace("/run/keys/keys.txt", str(keys)))
+    config = load_config([])
+    assert (config.host, config.port) == ("0.0.0.0", port["containerPort"])
+    assert len(config.key_digests) == 1, "a pod that any other can reach asks for keys"
+    assert config.has_draft
