@@ -1,6 +1,5 @@
 """The batched engine: sequences join and leave between steps; a step decodes one group of rows."""
 
-import math
 import time
 from collections import deque
 from collections.abc import Sequence as Series
@@ -10,12 +9,13 @@ import torch
 
 from decoding.batch import Batch, sequence_end_ids
 from decoding.config import Preset
+from decoding.draft_health import DraftHealth, without_draft
 from decoding.host import to_host
 from decoding.methods import METHODS_BY_NAME
 from decoding.methods.step import RowStep
 from decoding.model import ModelPair
 from decoding.rows import RowTable
-from decoding.sequence import FinishReason, Sequence, SequenceOutput, TokenLogProb
+from decoding.sequence import FinishReason, Sequence, SequenceOutput, TokenLogProb, empty_output
 from decoding.staging import Staging
 
 PREFILL_CHUNK = 256
@@ -55,6 +55,13 @@ class Engine:
         self._batches: dict[Preset, Batch] = {}
         self._last_turn: dict[Preset, int] = {}
         self._num_steps = 0
+        self._draft_health = DraftHealth()
+        self._trying: list[Sequence] = []  # what a step works at, so that one that raised can be undone
+
+    @property
+    def draft_enabled(self) -> bool:
+        """False once the draft failed too often; `target` then takes the place of what needs both."""
+        return self._draft_health.enabled
 
     @property
     def num_running(self) -> int:
@@ -86,6 +93,8 @@ class Engine:
             ValueError: the sequence cannot be decoded; the message names the field.
         """
         self._validate(sequence)
+        if not self.draft_enabled:
+            without_draft(sequence)
         if sequence.remaining > 0 or sequence.params.prompt_log_probs:
             self._waiting.append(sequence)
         else:
@@ -106,11 +115,32 @@ class Engine:
                     return True
         return False
 
+    def retreat(self) -> list[str] | None:
+        """After a step that raised: where the draft may be the cause, its sequences go on with `target`.
+
+        Returns the ids of those that cannot, which are forgotten; None where the draft had no part in
+        it, so that the state of every sequence is in doubt.
+        """
+        failed, self._trying = self._trying, []
+        if not any(sequence.config.uses_draft for sequence in failed):
+            return None
+        self._draft_health.note_failure(time.monotonic())
+        for sequence in reversed(failed):
+            self.cancel(sequence.id)
+            if without_draft(sequence):
+                self._waiting.appendleft(sequence)
+        return [sequence.id for sequence in failed if sequence.config.uses_draft]
+
+    @staticmethod
+    def is_device_lost(error: Exception) -> bool:
+        """Whether nothing will run on the device in this process any more."""
+        return isinstance(error, torch.AcceleratorError)
+
     @torch.inference_mode()
     def step(self) -> list[SequenceOutput]:
         """Prefill at most one chunk, decode one group of rows, and return what was delivered."""
         started = time.monotonic()
-        outputs = [_empty(sequence, None) for sequence in self._nothing_to_do]
+        outputs = [empty_output(sequence, None) for sequence in self._nothing_to_do]
         self._nothing_to_do.clear()
         prefill_tokens, scored = self._admit()
         outputs += scored
@@ -171,6 +201,7 @@ class Engine:
         prefilled, scored = 0, []
         while self._waiting and self._rows.num_free:
             sequence = self._waiting[0]
+            self._trying = [sequence]
             if not self._staging.ready(sequence):
                 if prefilled:
                     break
@@ -182,7 +213,7 @@ class Engine:
             if sequence.remaining > 0:
                 self._insert(sequence, prompt_log_probs)
             else:
-                scored.append(_empty(sequence, prompt_log_probs))
+                scored.append(empty_output(sequence, prompt_log_probs))
         return prefilled, scored
 
     def _insert(self, sequence: Sequence, prompt_log_probs: list[TokenLogProb] | None) -> None:
@@ -204,7 +235,7 @@ class Engine:
         return preset, groups[preset]
 
     def _decode(self, preset: Preset, rows: slice) -> list[SequenceOutput]:
-        sequences = self._rows.sequences[rows]
+        sequences = self._trying = self._rows.sequences[rows]
         batch = self._batches.get(preset)
         if batch is None:
             batch = Batch.of(sequences, rows, self.pair.eos_token_ids, self.pair.vocab_size, self.pair.device)
@@ -259,12 +290,3 @@ class Engine:
             self._rows.remove(row)
         if rows:
             self._batches.clear()
-
-
-def _empty(sequence: Sequence, prompt_log_probs: list[TokenLogProb] | None) -> SequenceOutput:
-    """The output of a sequence that asked for no tokens."""
-    if any(math.isnan(each.log_prob) for each in prompt_log_probs or ()):
-        return SequenceOutput(sequence.id, [], [], finish_reason=FinishReason.ERROR)
-    return SequenceOutput(
-        sequence.id, [], [], finish_reason=FinishReason.LENGTH, prompt_log_probs=prompt_log_probs
-    )

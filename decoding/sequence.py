@@ -152,3 +152,12 @@ class SequenceOutput:
     num_accepted_tokens: int = 0
     top_log_probs: list[TopLogProbs] | None = None
     prompt_log_probs: list[TokenLogProb] | None = None
+
+
+def empty_output(sequence: Sequence, prompt_log_probs: list[TokenLogProb] | None) -> SequenceOutput:
+    """The output of a sequence that asked for no tokens."""
+    if any(math.isnan(each.log_prob) for each in prompt_log_probs or ()):
+        return SequenceOutput(sequence.id, [], [], finish_reason=FinishReason.ERROR)
+    return SequenceOutput(
+        sequence.id, [], [], finish_reason=FinishReason.LENGTH, prompt_log_probs=prompt_log_probs
+    )

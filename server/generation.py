@@ -14,6 +14,8 @@ from server.report import Report, usage
 from server.shapes import Shape
 from server.text import Detokenizer, StopScanner, TextCodec
 
+TARGET_ONLY = "-target-only"  # behind the fingerprint while a draft is off
+
 
 class Generation:
     """An iterator of text deltas; `shape` says how they are written."""
@@ -100,7 +102,7 @@ class Generation:
             "created": self._created,
             "model": self.job.request.model,
             "choices": choices,
-            "system_fingerprint": self._fingerprint,
+            "system_fingerprint": self._fingerprint + ("" if self._pool.draft_enabled else TARGET_ONLY),
         }
 
 

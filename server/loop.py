@@ -48,6 +48,10 @@ class EngineLike(Protocol):
     def step(self) -> Iterable[SequenceOutput]: ...
     def has_work(self) -> bool: ...
     def cache_usage(self) -> dict[str, float]: ...
+    def retreat(self) -> list[str] | None: ...
+    def is_device_lost(self, error: Exception) -> bool: ...
+    @property
+    def draft_enabled(self) -> bool: ...
     @property
     def num_running(self) -> int: ...
     @property
@@ -158,9 +162,11 @@ class WorkerLoop:
         started = time.monotonic()
         try:
             outputs = list(self._engine.step())
-        except Exception:
+        except Exception as error:
             log.exception("step_failed", sequences=len(self._choices))
-            self._fail_everything()
+            if self._engine.is_device_lost(error):
+                raise
+            self._recover()
             return
         self._note_admissions(started)
         for output in outputs:
@@ -187,6 +193,18 @@ class WorkerLoop:
             if ticket.started is None:
                 ticket.started = now
 
+    def _recover(self) -> None:
+        """After a step that raised: `target` takes over from a draft that fails."""
+        lost = self._engine.retreat()
+        if lost is None:
+            self._fail_everything()
+            return
+        log.error("draft_failed", draft_enabled=self._engine.draft_enabled)
+        for sequence_id in lost:
+            if sequence_id in self._choices:
+                self._fail(self._choices[sequence_id][0], "worker_failed", "the draft failed")
+        self._report(None)
+
     def _fail_everything(self) -> None:
         """A broken step may have left any row half done: all of them end here, the process goes on."""
         for ticket in list(self._tickets.values()):
@@ -212,5 +230,6 @@ class WorkerLoop:
                 num_running=self._engine.num_running,
                 num_waiting=self._engine.num_waiting,
                 cache_usage=self._engine.cache_usage(),
+                draft_enabled=self._engine.draft_enabled,
             )
         )

@@ -182,6 +182,7 @@ class StepStatsEvent(Message, frozen=True, kw_only=True):
     num_running: int
     num_waiting: int
     cache_usage: dict[str, float]
+    draft_enabled: bool = True
 
 
 Command = LoadCommand | GenerateCommand | CancelCommand | FinishCommand | StopCommand

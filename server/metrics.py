@@ -149,9 +149,11 @@ class Metrics:
     def _define_workers(self) -> None:
         self.worker_up = self._gauge("worker_up", "1 when the worker is ready.", ("worker",))
         self.worker_restarts = self._counter("worker_restarts", "Workers lost and replaced.", ("worker",))
+        self.draft_enabled = self._gauge("draft_enabled", "1 while the worker uses its draft.", ("worker",))
         self.load_seconds = self._gauge("model_load_seconds", "Seconds the pair took to load.", ("worker",))
 
     def record_step(self, event: StepStatsEvent, worker: str) -> None:
+        self.draft_enabled.labels(worker).set(event.draft_enabled)
         for role, share in event.cache_usage.items():
             self.cache_usage.labels(worker, role).set(share)
         if event.method is not None:

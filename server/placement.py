@@ -25,6 +25,7 @@ class WorkerState:
     num_deaths: int = 0
     num_running: int = 0
     num_waiting: int = 0
+    draft_enabled: bool = True
     commands: dict[str, Pending] = field(default_factory=dict)
     moved: float = 0.0
 
@@ -50,6 +51,7 @@ class WorkerState:
 
     def note_step(self, event: StepStatsEvent, now: float) -> None:
         self.num_running, self.num_waiting = event.num_running, event.num_waiting
+        self.draft_enabled = event.draft_enabled
         self.moved = now
 
     def is_stuck(self, now: float, seconds: float) -> bool:
@@ -61,6 +63,7 @@ class WorkerState:
         self.ready = None
         self.num_deaths += 1
         self.num_running = self.num_waiting = 0
+        self.draft_enabled = True
         self.commands.clear()
         for pending in victims:
             pending.worker = None

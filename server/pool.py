@@ -134,6 +134,11 @@ class WorkerPool:
             return "model_loading"
         return None if self._placement.any_ready and self._fatal is None else "no_worker"
 
+    @property
+    def draft_enabled(self) -> bool:
+        """False while a worker decodes with its target alone because its draft failed."""
+        return all(worker.draft_enabled for worker in self._placement.workers)
+
     async def drain(self, timeout: float) -> None:  # noqa: ASYNC109 - the rest is told, not cancelled
         """Take nothing new, let what runs finish within `timeout` seconds, then tell the rest."""
         self.draining = True

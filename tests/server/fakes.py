@@ -72,6 +72,10 @@ def constant(text: str) -> Script:
     return lambda sequence: ids + [EOS] * (sequence.params.max_tokens + 1)
 
 
+class DeviceLostError(Exception):
+    """What a scripted engine takes for the end of its device."""
+
+
 @dataclass(frozen=True)
 class FakeStats:
     method: str | None = None
@@ -101,6 +105,7 @@ class ScriptedEngine:
     cancelled: list[str] = field(default_factory=list)
     last_step: FakeStats = field(default_factory=FakeStats)
     num_steps: int = 0
+    draft_enabled: bool = True
     _running: list[Sequence] = field(default_factory=list)
     _waiting: deque[Sequence] = field(default_factory=deque)
 
@@ -120,6 +125,12 @@ class ScriptedEngine:
 
     def cache_usage(self) -> dict[str, float]:
         return {"target": len(self._running) / self.max_num_seqs}
+
+    def retreat(self) -> list[str] | None:
+        return None
+
+    def is_device_lost(self, error: Exception) -> bool:
+        return isinstance(error, DeviceLostError)
 
     def add(self, sequence: Sequence) -> None:
         if len(sequence.prompt_ids) + sequence.params.max_tokens > self.context:
