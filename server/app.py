@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import AsyncIterator
-from typing import Any
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
@@ -11,7 +10,6 @@ from starlette.requests import ClientDisconnect
 
 from server import __version__
 from server.auth import KeyMiddleware
-from server.chat_schemas import ChatRequest, DetokenizeRequest, TokenizeRequest
 from server.config import ServerConfig
 from server.errors import (
     ApiError,
@@ -24,12 +22,15 @@ from server.limits import HttpLimits
 from server.loop_lag import measured_lag
 from server.metrics import Metrics
 from server.middleware import RequestMiddleware
+from server.openapi import document
 from server.pool import WorkerPool
 from server.rate_limit import RateLimitMiddleware
 from server.report import system_fingerprint
 from server.request_log import RequestLog
 from server.routes import chat, completions, models, playground, probes, tokens
 from server.schemas import CompletionRequest
+=======
+from server.routes import chat, completions, models, probes, tokens
 
 
 def create_app(
@@ -57,7 +58,7 @@ def create_app(
     app.add_exception_handler(ClientGoneError, handle_client_gone)
     app.add_exception_handler(ClientDisconnect, handle_client_gone)
     _add_middleware(app, config)
-    _document_bodies(app)
+    document(app, config)
     return app
 
 
@@ -87,19 +88,3 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
             yield
     finally:
         await pool.stop()
-
-
-def _document_bodies(app: FastAPI) -> None:
-    """Handlers read bytes, so the schemas that validate them are added to the document here."""
-    generate = app.openapi
-
-    def openapi() -> dict[str, Any]:
-        document = generate()
-        components = document.setdefault("components", {}).setdefault("schemas", {})
-        for body in (CompletionRequest, ChatRequest, TokenizeRequest, DetokenizeRequest):
-            schema = body.model_json_schema(ref_template="#/components/schemas/{model}")
-            components.update(schema.pop("$defs", {}))
-            components[body.__name__] = schema
-        return document
-
-    app.openapi = openapi  # type: ignore[method-assign]

@@ -21,7 +21,6 @@ router = APIRouter(tags=["chat"])
     "/v1/chat/completions",
     dependencies=GATES,
     openapi_extra=body_of(ChatRequest),
-    responses={200: {"content": {"application/json": {}, "text/event-stream": {}}}},
     response_class=Response,
 )
 async def create_chat_completion(request: Request) -> Response:

@@ -21,7 +21,6 @@ router = APIRouter(tags=["completions"])
     "/v1/completions",
     dependencies=GATES,
     openapi_extra=body_of(CompletionRequest),
-    responses={200: {"content": {"application/json": {}, "text/event-stream": {}}}},
     response_class=Response,
 )
 async def create_completion(request: Request) -> Response:

@@ -1,7 +1,5 @@
 """Probes and scrapes; none of them touches the engine."""
 
-from typing import Any
-
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
@@ -10,28 +8,29 @@ from server import __version__
 from server.errors import OverloadedError
 from server.metrics import CONTENT_TYPE
 from server.pool import WorkerPool
+from server.response_schemas import Status, Version
 
 router = APIRouter(tags=["probes"])
 
 
 @router.get("/health")
-async def health() -> dict[str, Any]:
+async def health() -> Status:
     """This process is alive."""
-    return {"status": "ok"}
+    return Status(status="ok")
 
 
 @router.get("/ready")
-async def ready(request: Request) -> dict[str, Any]:
+async def ready(request: Request) -> Status:
     """A worker can take requests; else 503 with the reason as code."""
     pool: WorkerPool = request.app.state.pool
     if pool.refusal is not None:
         raise OverloadedError(pool.refusal)
-    return {"status": "ready"}
+    return Status(status="ready")
 
 
 @router.get("/version")
-async def version() -> dict[str, Any]:
-    return {"version": __version__}
+async def version() -> Version:
+    return Version(version=__version__)
 
 
 @router.get("/metrics", response_class=Response)
