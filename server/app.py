@@ -28,9 +28,6 @@ from server.rate_limit import RateLimitMiddleware
 from server.report import system_fingerprint
 from server.request_log import RequestLog
 from server.routes import chat, completions, models, playground, probes, tokens
-from server.schemas import CompletionRequest
-=======
-from server.routes import chat, completions, models, probes, tokens
 
 
 def create_app(

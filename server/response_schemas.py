@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+Origin = Literal["prompt", "draft", "target"]
 FinishReason = Literal["stop", "length"]
 
 
@@ -67,6 +68,7 @@ class CompletionLogProbs(Answer):
     token_logprobs: list[float | None]
     top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
+    origins: list[Origin] = []  # as `origin` in chat, with `metrics: "detailed"` only
 
 
 class CompletionChoice(Answer):
@@ -108,6 +110,7 @@ class TokenLogProb(Answer):
 
 class ScoredToken(TokenLogProb):
     top_logprobs: list[TokenLogProb]
+    origin: Origin | None = None
 
 
 class ChatLogProbs(Answer):

@@ -81,6 +81,11 @@ async def test_bounds_are_the_configured_ones(serve: Serve) -> None:
         ),
         ("/v1/completions", {"model": "tiny", "speculative": False, "stop": "c"}, answers.Completion),
         ("/v1/chat/completions", CHAT, answers.ChatCompletion),
+        (
+            "/v1/chat/completions",
+            {**CHAT, "logprobs": True, "speculative": DETAILED},
+            answers.ChatCompletion,
+        ),
         ("/v1/chat/completions", {**CHAT, "logprobs": True, "top_logprobs": 3}, answers.ChatCompletion),
         ("/tokenize", {"prompt": "x"}, answers.Tokens),
         ("/tokenize", {"prompt": "x", "return_token_strs": True}, answers.Tokens),
