@@ -5,6 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from grafana_foundation_sdk.cog.encoder import JSONEncoder
+from grafana_foundation_sdk.cog.plugins import register_default_plugins
+from grafana_foundation_sdk.models.dashboard import Dashboard
 
 ROOT = Path(__file__).parent.parent.parent
 GRAFANA = ROOT / "deploy/grafana"
@@ -33,6 +36,27 @@ def test_the_dashboard_lies_where_grafana_looks() -> None:
     assert f"./deploy/grafana/dashboards:{path}:ro" in grafana["volumes"]
     assert "./deploy/grafana/provisioning:/etc/grafana/provisioning:ro" in grafana["volumes"]
     assert grafana["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"] == f"{path}/mmtad.json"
+
+
+def lost(written: Any, read: Any, path: str = "") -> list[str]:
+    """Where what was read and written again differs from what was written at first."""
+    if isinstance(written, dict) and isinstance(read, dict):
+        return [each for name in written for each in lost(written[name], read.get(name), f"{path}/{name}")]
+    if isinstance(written, list) and isinstance(read, list) and len(written) == len(read):
+        pairs = enumerate(zip(written, read, strict=True))
+        return [each for number, (old, new) in pairs for each in lost(old, new, f"{path}/{number}")]
+    return [] if written == read else [path]
+
+
+def test_grafana_knows_every_field_of_the_dashboard() -> None:
+    """Its own types drop a field they do not know, and a value of another type."""
+    register_default_plugins()
+    read = json.loads(JSONEncoder().encode(Dashboard.from_json(DASHBOARD)))
+    assert lost(DASHBOARD, read) == []
+    unknown = json.loads(json.dumps(DASHBOARD))
+    unknown["panels"][0]["options"]["legends"] = {}
+    read = json.loads(JSONEncoder().encode(Dashboard.from_json(unknown)))
+    assert lost(unknown, read) == ["/panels/0/options/legends"]
 
 
 def test_panels_have_their_own_place_and_say_what_they_show() -> None:
