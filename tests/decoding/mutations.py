@@ -132,10 +132,10 @@ MUTATIONS = (
         MMTAD,
     ),
     Mutation(
-        "a bonus follows a block that ended the text",
-        "decoding/methods/step.py",
-        "num_tokens = num_accepted + 1 if ended is None else num_accepted + (~ended)",
-        "num_tokens = num_accepted + 1",
+        "the token behind an end is delivered",
+        "decoding/engine.py",
+        "kept = len(row.token_ids) if stop is None else stop + 1",
+        "kept = len(row.token_ids) if stop is None else stop + 2",
         f"{ENGINE} -k proof_07",
     ),
     Mutation(
