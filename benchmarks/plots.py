@@ -91,7 +91,9 @@ def picture(rows: list[Row], quality: str, title: str, path: Path) -> None:
     for axes in panels[1:]:
         axes.set_ylabel("")
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2 * len(speeds), frameon=False, fontsize=9)
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=2 * len(speeds), frameon=False, fontsize=9
+    )
     figure.suptitle(title, fontsize=11)
     figure.savefig(path, dpi=130)
     plt.close(figure)

@@ -23,7 +23,11 @@ PREFILL_CHUNK = 256
 
 @dataclass(frozen=True, slots=True)
 class StepStats:
-    """What one engine step did. Times are wall seconds, nodes are counted per row, roots apart."""
+    """What one engine step did, and for which sequences.
+
+    Times are wall seconds, nodes are counted per row, roots apart. `prefill_id` is the sequence whose
+    prompt was run, `decode_ids` are those of the group that was decoded.
+    """
 
     method: str | None = None
     num_sequences: int = 0
@@ -31,6 +35,8 @@ class StepStats:
     prefill_tokens: int = 0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
+    prefill_id: str | None = None
+    decode_ids: tuple[str, ...] = ()
 
 
 class Engine:
@@ -142,12 +148,12 @@ class Engine:
         started = time.monotonic()
         outputs = [empty_output(sequence, None) for sequence in self._nothing_to_do]
         self._nothing_to_do.clear()
-        prefill_tokens, scored = self._admit()
+        prefill_id, prefill_tokens, scored = self._admit()
         outputs += scored
         prefilled = time.monotonic()
         group = self._next_group()
-        if group is not None:
-            outputs += self._decode(*group)
+        decoded = self._decode(*group) if group else []
+        outputs += decoded
         self.last_step = StepStats(
             method=group[0].method if group else None,
             num_sequences=group[1].stop - group[1].start if group else 0,
@@ -155,6 +161,8 @@ class Engine:
             prefill_tokens=prefill_tokens,
             prefill_seconds=prefilled - started,
             decode_seconds=time.monotonic() - prefilled,
+            prefill_id=prefill_id,
+            decode_ids=tuple(output.id for output in decoded),
         )
         return outputs
 
@@ -193,19 +201,20 @@ class Engine:
         queued = (*self._waiting, *self._nothing_to_do)
         return self._rows.find(sequence_id) is not None or any(each.id == sequence_id for each in queued)
 
-    def _admit(self) -> tuple[int, list[SequenceOutput]]:
+    def _admit(self) -> tuple[str | None, int, list[SequenceOutput]]:
         """Give free rows to the sequences whose prompt is prefilled.
 
-        Returns the tokens prefilled, and the outputs of sequences that only wanted their prompt scored.
+        Returns the sequence that a chunk was prefilled for, the tokens of the chunk, and the outputs of
+        sequences that only wanted their prompt scored.
         """
-        prefilled, scored = 0, []
+        prefill_id, prefilled, scored = None, 0, []
         while self._waiting and self._rows.num_free:
             sequence = self._waiting[0]
             self._trying = [sequence]
             if not self._staging.ready(sequence):
                 if prefilled:
                     break
-                prefilled = self._staging.advance(sequence)
+                prefill_id, prefilled = sequence.id, self._staging.advance(sequence)
                 if not self._staging.ready(sequence):
                     break
             self._waiting.popleft()
@@ -214,7 +223,7 @@ class Engine:
                 self._insert(sequence, prompt_log_probs)
             else:
                 scored.append(empty_output(sequence, prompt_log_probs))
-        return prefilled, scored
+        return prefill_id, prefilled, scored
 
     def _insert(self, sequence: Sequence, prompt_log_probs: list[TokenLogProb] | None) -> None:
         self._rows.insert(sequence)

@@ -96,6 +96,7 @@ class Server:
             method=self._config.decoding.method,
             device=model.device,
             memory_mib=model.memory_bytes // 2**20,
+            energy_source=model.energy_source,
             load_seconds=round(model.load_seconds, 2),
             description=model.description,
         )

@@ -92,6 +92,11 @@ class ServerConfig(BaseSettings):
         default=None, ge=1, le=1_000_000, description="Most requests of a key; without keys, of an address."
     )
     disable_fastapi_docs: bool = Field(default=False, description="Serve neither /docs nor /openapi.json.")
+    energy_source: str = Field(
+        default="auto",
+        pattern=r"^(auto|none|replay:.+)$",
+        description="What measures joules: auto, none, or replay:FILE for a recording.",
+    )
     shutdown_timeout: float = Field(default=30.0, ge=0, le=3600)
 
     @field_validator("served_model_name")

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from decoding import FinishReason, Sequence, SequenceOutput
 from server.messages import (
+    EnergyUsage,
     FinishedEvent,
     GenerateCommand,
     GenerationStats,
@@ -106,14 +107,18 @@ class Ticket:
             return 0
         return min(output.num_accepted_tokens, num_tokens) if config.uses_target else num_tokens
 
-    def finished_event(self, now: float) -> FinishedEvent | None:
-        """The command's end once every choice has one."""
-        reasons = [choice.finished for choice in self.choices if choice.finished is not None]
-        if len(reasons) < len(self.choices):
-            return None
-        return FinishedEvent(id=self.command.id, finish_reasons=reasons, stats=self._stats(now))
+    @property
+    def is_finished(self) -> bool:
+        """Whether every choice has ended."""
+        return all(choice.finished is not None for choice in self.choices)
 
-    def _stats(self, now: float) -> GenerationStats:
+    def finished_event(self, now: float, energy: EnergyUsage | None) -> FinishedEvent:
+        """The command's end, once it `is_finished`."""
+        reasons = [choice.finished for choice in self.choices if choice.finished is not None]
+        assert len(reasons) == len(self.choices)
+        return FinishedEvent(id=self.command.id, finish_reasons=reasons, stats=self._stats(now, energy))
+
+    def _stats(self, now: float, energy: EnergyUsage | None) -> GenerationStats:
         started = now if self.started is None else self.started
         return GenerationStats(
             prompt_tokens=len(self.command.prompt_ids),
@@ -122,6 +127,7 @@ class Ticket:
             log_prob_sum=sum(sum(choice.log_probs) for choice in self.choices),
             queue_seconds=started - self.received,
             speculation=self._speculation(),
+            energy=energy,
         )
 
     def _speculation(self) -> list[SpeculationStep]:

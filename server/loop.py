@@ -8,6 +8,7 @@ from typing import Protocol
 import structlog
 
 from decoding import FinishReason, Sequence, SequenceOutput
+from server.energy import DECODE, PREFILL, EnergyMeter
 from server.ledger import Choice, Ticket
 from server.link import Outbox
 from server.messages import (
@@ -38,6 +39,10 @@ class StepStatsLike(Protocol):
     def prefill_seconds(self) -> float: ...
     @property
     def decode_seconds(self) -> float: ...
+    @property
+    def prefill_id(self) -> str | None: ...
+    @property
+    def decode_ids(self) -> tuple[str, ...]: ...
 
 
 class EngineLike(Protocol):
@@ -60,13 +65,24 @@ class EngineLike(Protocol):
     def last_step(self) -> StepStatsLike: ...
 
 
+class Tick:
+    """Put into the inbox once a second where energy is measured, so that idle time is counted too."""
+
+
 class WorkerLoop:
     """The engine loop: take what was asked, step, report, until told to stop."""
 
-    def __init__(self, engine: EngineLike, inbox: "queue.SimpleQueue[Command]", outbox: Outbox) -> None:
+    def __init__(
+        self,
+        engine: EngineLike,
+        inbox: "queue.SimpleQueue[Command | Tick]",
+        outbox: Outbox,
+        meter: EnergyMeter | None = None,
+    ) -> None:
         self._engine = engine
         self._inbox = inbox
         self._outbox = outbox
+        self._meter = meter
         self._tickets: dict[str, Ticket] = {}
         self._choices: dict[str, tuple[Ticket, Choice]] = {}
         self._waiting: dict[str, Ticket] = {}  # by sequence, in the order of admission
@@ -88,7 +104,10 @@ class WorkerLoop:
                 break
             if isinstance(command, StopCommand):
                 return False
-            self._handle(command)
+            if isinstance(command, Tick):
+                self._report_energy()
+            else:
+                self._handle(command)
             handled = True
         if handled and not self._engine.has_work():
             self._report(None)
@@ -115,6 +134,8 @@ class WorkerLoop:
             self._outbox.put(FailedEvent(id=command.id, code="invalid_value", message=str(error)))
             return
         self._tickets[command.id] = ticket
+        if self._meter is not None:
+            self._meter.open(command.id, command.config.method)
         for choice in ticket.choices:
             self._choices[choice.sequence_id] = ticket, choice
             self._waiting[choice.sequence_id] = ticket
@@ -147,13 +168,15 @@ class WorkerLoop:
         choice.end(reason, num_tokens)
 
     def _close_if_finished(self, ticket: Ticket) -> None:
-        event = ticket.finished_event(time.monotonic())
-        if event is not None:
-            self._outbox.put(event)
+        if ticket.is_finished:
+            energy = None if self._meter is None else self._meter.close(ticket.command.id)
+            self._outbox.put(ticket.finished_event(time.monotonic(), energy))
             self._forget(ticket)
 
     def _forget(self, ticket: Ticket) -> None:
         self._tickets.pop(ticket.command.id, None)
+        if self._meter is not None:
+            self._meter.close(ticket.command.id)
         for choice in ticket.choices:
             self._choices.pop(choice.sequence_id, None)
             self._waiting.pop(choice.sequence_id, None)
@@ -169,9 +192,27 @@ class WorkerLoop:
             self._recover()
             return
         self._note_admissions(started)
+        self._meter_step(self._engine.last_step)
         for output in outputs:
             self._deliver(output)
         self._report(self._engine.last_step)
+
+    def _meter_step(self, last: StepStatsLike) -> None:
+        """Who the step worked for: noted before its outputs end any of them."""
+        if self._meter is None:
+            return
+        prefilled = [] if last.prefill_id is None else [self._command_id(last.prefill_id)]
+        self._meter.note(PREFILL, last.prefill_seconds, prefilled)
+        self._meter.note(DECODE, last.decode_seconds, [self._command_id(each) for each in last.decode_ids])
+        self._meter.sample_if_due()
+
+    def _command_id(self, sequence_id: str) -> str:
+        return self._choices[sequence_id][0].command.id if sequence_id in self._choices else ""
+
+    def _report_energy(self) -> None:
+        if self._meter is not None:
+            self._meter.sample_if_due()
+            self._outbox.put(self._meter.take())
 
     def _deliver(self, output: SequenceOutput) -> None:
         if output.id not in self._choices:

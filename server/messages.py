@@ -41,6 +41,7 @@ class LoadCommand(Message, frozen=True, kw_only=True):
     max_num_seqs: int
     worker: int = 0
     num_workers: int = 1
+    energy_source: str = "none"
 
 
 class GenerateCommand(Message, frozen=True, kw_only=True):
@@ -93,6 +94,7 @@ class ReadyEvent(Message, frozen=True, kw_only=True):
     """What the API process must know of the loaded pair.
 
     `chat_template` is the target's own, as text, and `special_tokens` are the names it may use.
+    `energy_source` is None where no energy is measured.
     """
 
     vocab_size: int
@@ -107,6 +109,7 @@ class ReadyEvent(Message, frozen=True, kw_only=True):
     load_seconds: float
     chat_template: str | None = None
     special_tokens: dict[str, str] = {}
+    energy_source: str | None = None
 
 
 class FatalEvent(Message, frozen=True, kw_only=True):
@@ -143,8 +146,24 @@ class SpeculationStep(msgspec.Struct, frozen=True, array_like=True):
     num_draft_nodes: int
 
 
+class EnergyUsage(msgspec.Struct, frozen=True, kw_only=True):
+    """What one command used of which `devices`.
+
+    `resolution_limited` says that it was too short for what the counter can tell.
+    """
+
+    source: str
+    devices: list[str]
+    prefill_microjoules: int
+    decode_microjoules: int
+    resolution_limited: bool
+
+
 class GenerationStats(msgspec.Struct, frozen=True, kw_only=True):
-    """Counts of one command over its choices; `log_prob_sum` in nats, `queue_seconds` of the first."""
+    """Counts of one command over its choices; `log_prob_sum` in nats, `queue_seconds` of the first.
+
+    `energy` is None where it was not measured.
+    """
 
     prompt_tokens: int
     completion_tokens: int
@@ -152,6 +171,7 @@ class GenerationStats(msgspec.Struct, frozen=True, kw_only=True):
     log_prob_sum: float
     queue_seconds: float
     speculation: list[SpeculationStep]
+    energy: EnergyUsage | None = None
 
 
 class FinishedEvent(Message, frozen=True, kw_only=True):
@@ -185,8 +205,28 @@ class StepStatsEvent(Message, frozen=True, kw_only=True):
     draft_enabled: bool = True
 
 
+class EnergyEvent(Message, frozen=True, kw_only=True):
+    """Microjoules counted since the last such event: `raw` and `idle` by device, what is left of it
+    `attributed` by method and phase. `available` is false while the source cannot be read.
+    """
+
+    available: bool
+    raw: dict[str, int]
+    idle: dict[str, int]
+    attributed: list[tuple[str, str, int]]
+
+
 Command = LoadCommand | GenerateCommand | CancelCommand | FinishCommand | StopCommand
-Event = LoadingEvent | ReadyEvent | FatalEvent | StepEvent | FinishedEvent | FailedEvent | StepStatsEvent
+Event = (
+    LoadingEvent
+    | ReadyEvent
+    | FatalEvent
+    | StepEvent
+    | FinishedEvent
+    | FailedEvent
+    | StepStatsEvent
+    | EnergyEvent
+)
 
 M = TypeVar("M")
 

@@ -15,7 +15,7 @@ import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 from prometheus_client.exposition import generate_latest
 
-from server.messages import GenerationStats, StepStatsEvent
+from server.messages import EnergyEvent, GenerationStats, StepStatsEvent
 
 NAMESPACE = "mmtad"
 CONTENT_TYPE = prometheus_client.CONTENT_TYPE_LATEST
@@ -29,6 +29,8 @@ LAG_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
 REQUEST_BUCKETS = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 60.0, 120.0, 300.0)
 SEQUENCE_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128)
 NODE_BUCKETS = (1, 2, 4, 8, 16, 32, 64)
+# A small model's token on a CPU up to a long answer of a large one on several GPUs, in joules.
+ENERGY_BUCKETS = tuple(factor * 10.0**power for power in range(-3, 5) for factor in (1, 2, 5))
 LENGTH_BUCKETS = tuple(range(17))
 LOWEST_LOG_PROB = -9999.0  # what -inf is written as, so that no sum is lost to it
 LOG_PROB_BUCKETS = (-10.0, -5.0, -3.0, -2.0, -1.5, -1.0, -0.75, -0.5, -0.25, -0.1, 0.0)
@@ -49,6 +51,7 @@ class Metrics:
         self._define_requests()
         self._define_latencies()
         self._define_decoding()
+        self._define_energy()
         self._define_workers()
         Info("build", "Version of the server.", namespace=NAMESPACE, registry=self.registry).info(
             {"version": version}
@@ -146,6 +149,27 @@ class Metrics:
             "kv_cache_usage_ratio", "Committed share of the cache.", ("worker", "role")
         )
 
+    def _define_energy(self) -> None:
+        """A series appears with its first joule: what is not measured is absent, never zero."""
+        self.energy_available = self._gauge(
+            "energy_available", "1 while the worker's energy counters can be read.", ("worker",)
+        )
+        self.energy = self._counter(
+            "energy_joules", "Energy that the counters of a device showed.", ("device",)
+        )
+        self.idle_energy = self._counter(
+            "idle_energy_joules", "The part of it in which no request was worked for.", ("device",)
+        )
+        self.request_energy = self._counter(
+            "request_energy_joules", "The rest, by the requests it went to.", ("method", "phase")
+        )
+        self.energy_per_request = self._histogram(
+            "energy_per_request_joules", "Energy of one prompt with all its choices.", ENERGY_BUCKETS
+        )
+        self.energy_per_token = self._histogram(
+            "energy_per_token_joules", "Energy of one prompt over its delivered tokens.", ENERGY_BUCKETS
+        )
+
     def _define_workers(self) -> None:
         self.worker_up = self._gauge("worker_up", "1 when the worker is ready.", ("worker",))
         self.worker_restarts = self._counter("worker_restarts", "Workers lost and replaced.", ("worker",))
@@ -161,6 +185,14 @@ class Metrics:
             if event.num_tree_nodes:
                 self.step_tree_nodes.labels(event.method).observe(event.num_tree_nodes)
 
+    def record_energy(self, event: EnergyEvent, worker: str) -> None:
+        self.energy_available.labels(worker).set(event.available)
+        for counter, microjoules in ((self.energy, event.raw), (self.idle_energy, event.idle)):
+            for device, used in microjoules.items():
+                counter.labels(device).inc(used / 1e6)
+        for method, phase, used in event.attributed:
+            self.request_energy.labels(method, phase).inc(used / 1e6)
+
     def record_end(self, stats: GenerationStats, reason: str, model: str, method: str) -> None:
         """One prompt ended; `reason` is the most notable of its choices' finish reasons."""
         self.requests.labels(model, method, reason).inc()
@@ -171,6 +203,11 @@ class Metrics:
         self.queue_seconds.labels(method).observe(stats.queue_seconds)
         self.decode_steps.labels(model, method).inc(stats.num_steps)
         self._record_speculation(stats, model, method)
+        if stats.energy is not None:
+            joules = (stats.energy.prefill_microjoules + stats.energy.decode_microjoules) / 1e6
+            self.energy_per_request.labels(method).observe(joules)
+            if stats.completion_tokens:
+                self.energy_per_token.labels(method).observe(joules / stats.completion_tokens)
         if stats.completion_tokens and method != "draft":
             self.log_prob_per_token.labels(method).observe(
                 max(stats.log_prob_sum / stats.completion_tokens, LOWEST_LOG_PROB)

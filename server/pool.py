@@ -17,6 +17,7 @@ from server.config import ServerConfig
 from server.errors import OverloadedError
 from server.messages import (
     CancelCommand,
+    EnergyEvent,
     Event,
     FailedEvent,
     FatalEvent,
@@ -91,6 +92,7 @@ class WorkerPool:
             max_num_seqs=self._config.max_num_seqs,
             worker=index,
             num_workers=self._config.num_workers,
+            energy_source=self._config.energy_source,
         )
         worker = WorkerState(
             str(index),
@@ -236,6 +238,8 @@ class WorkerPool:
             self._open_commands.on_step(event)
         elif isinstance(event, StepStatsEvent):
             self._on_stats(worker, event)
+        elif isinstance(event, EnergyEvent):
+            self.metrics.record_energy(event, worker.name)
         elif isinstance(event, FinishedEvent):
             self._open_commands.on_finished(event)
         elif isinstance(event, FailedEvent):
@@ -267,6 +271,7 @@ class WorkerPool:
         worker.ready = self.model = event
         self.metrics.worker_up.labels(worker.name).set(1)
         self.metrics.load_seconds.labels(worker.name).set(event.load_seconds)
+        self.metrics.energy_available.labels(worker.name).set(event.energy_source is not None)
         self._ready.set()
         self._placement.dispatch(time.monotonic())
 

@@ -83,9 +83,27 @@ class Report:
             **self._times(),
             "speculative_decoding": self._speculation(),
             "target_logprob_mean": self._log_prob_mean(),
-            "energy": None,  # null, not 0: nothing measures it
+            "energy": self._energy(),
             "speculative": applied(self.job.decoding),
             "seed": self.job.seed,
+        }
+
+    def _energy(self) -> dict[str, Any] | None:
+        """Joules of the whole request; null, never 0, where any of it was not measured."""
+        used = [stats.energy for stats in self.stats if stats.energy is not None]
+        if not used or len(used) < len(self.stats):
+            return None
+        limited = any(each.resolution_limited for each in used)
+        prefill = sum(each.prefill_microjoules for each in used)
+        total = prefill + sum(each.decode_microjoules for each in used)
+        tokens = self.completion_tokens
+        return {
+            "joules": _joules(total, limited),
+            "joules_per_output_token": _joules(total / tokens, limited) if tokens else None,
+            "prefill_joules": _joules(prefill, limited),
+            "source": used[0].source,
+            "devices": sorted({device for each in used for device in each.devices}),
+            "resolution_limited": limited,
         }
 
     def _times(self) -> dict[str, float | None]:
@@ -145,6 +163,11 @@ def _per_step(steps: list[SpeculationStep]) -> dict[str, Any]:
         "draft_tokens_per_step": [step.num_draft_tokens for step in steps],
         "num_draft_nodes": [step.num_draft_nodes for step in steps],
     }
+
+
+def _joules(microjoules: float, limited: bool) -> float:
+    """Two significant digits where the counter is too coarse for more."""
+    return float(f"{microjoules / 1e6:.2g}" if limited else f"{microjoules / 1e6:.6g}")
 
 
 def _milliseconds(seconds: float) -> float:

@@ -11,6 +11,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import structlog
@@ -18,9 +19,11 @@ import structlog
 import decoding
 from decoding import ModelLoadError
 from server.config import worker_link_fd
+from server.energy import EnergyMeter
+from server.energy_source import EnergySource, EnergySourceError, open_source
 from server.link import Outbox, receive_command
 from server.logs import configure_logging
-from server.loop import EngineLike, WorkerLoop
+from server.loop import EngineLike, Tick, WorkerLoop
 from server.messages import (
     BadFrameError,
     Command,
@@ -37,11 +40,20 @@ if TYPE_CHECKING:
 EXIT_BAD_MODEL = 2
 EXIT_BROKEN = 1
 NICENESS = 5
+TICK_SECONDS = 1.0
 
 log = structlog.get_logger("server.worker")
 
 
-def read_commands(link: socket.socket, inbox: "queue.SimpleQueue[Command]") -> None:
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """What a worker works with."""
+
+    engine: EngineLike
+    energy_source: EnergySource | None = None
+
+
+def read_commands(link: socket.socket, inbox: "queue.SimpleQueue[Command | Tick]") -> None:
     """Body of the reader thread: ends the process with its link, however stuck a step may be."""
     try:
         while (command := receive_command(link)) is not None:
@@ -66,7 +78,7 @@ def load_pair(command: LoadCommand) -> "ModelPair":
     )
 
 
-def describe(pair: "ModelPair", load_seconds: float) -> ReadyEvent:
+def describe(pair: "ModelPair", load_seconds: float, source: EnergySource | None) -> ReadyEvent:
     return ReadyEvent(
         vocab_size=pair.vocab_size,
         max_model_len=pair.max_model_len,
@@ -80,37 +92,62 @@ def describe(pair: "ModelPair", load_seconds: float) -> ReadyEvent:
         load_seconds=load_seconds,
         chat_template=pair.chat.template,
         special_tokens=dict(pair.chat.special_tokens),
+        energy_source=None if source is None else source.name,
     )
 
 
-def load_engine(command: LoadCommand, outbox: Outbox) -> EngineLike:
+def load_engine(command: LoadCommand, outbox: Outbox) -> Loaded:
     """Load the pair and announce it; raises ModelLoadError."""
     started = time.monotonic()
     outbox.put(LoadingEvent(stage="models"))
     outbox.flush(wait=True)
     pair = load_pair(command)
     engine: EngineLike = decoding.Engine(pair, max_num_seqs=command.max_num_seqs)
-    outbox.put(describe(pair, time.monotonic() - started))
+    source = open_energy(command, str(pair.device))
+    outbox.put(describe(pair, time.monotonic() - started, source))
     outbox.flush(wait=True)
-    return engine
+    return Loaded(engine, source)
 
 
-def worker_main(link: socket.socket, load: Callable[[LoadCommand, Outbox], EngineLike] = load_engine) -> int:
+def open_energy(command: LoadCommand, device: str) -> EnergySource | None:
+    """The energy source that was asked for; raises ModelLoadError.
+
+    A CPU's counter is one for the whole host, so only the first worker reads it.
+    """
+    if device == "cpu" and command.worker > 0:
+        return None
+    try:
+        return open_source(command.energy_source, device)
+    except EnergySourceError as error:
+        raise ModelLoadError(f"--energy-source: {error}") from error
+
+
+def tick(inbox: "queue.SimpleQueue[Command | Tick]") -> None:
+    """Body of the thread that has idle time counted."""
+    while True:
+        time.sleep(TICK_SECONDS)
+        inbox.put(Tick())
+
+
+def worker_main(link: socket.socket, load: Callable[[LoadCommand, Outbox], Loaded] = load_engine) -> int:
     """Serve one link until it ends; returns the process's exit code."""
-    inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
+    inbox: queue.SimpleQueue[Command | Tick] = queue.SimpleQueue()
     outbox = Outbox(link)
     threading.Thread(target=read_commands, args=(link, inbox), daemon=True, name="reader").start()
     command = inbox.get()
     if not isinstance(command, LoadCommand):
         return 0 if isinstance(command, StopCommand) else EXIT_BROKEN
     try:
-        engine = load(command, outbox)
+        loaded = load(command, outbox)
     except ModelLoadError as error:
         return _fatal(outbox, str(error), EXIT_BAD_MODEL)
     except Exception as error:
         log.exception("load_failed")
         return _fatal(outbox, f"the worker could not load: {type(error).__name__}", EXIT_BROKEN)
-    WorkerLoop(engine, inbox, outbox).run()
+    meter = None if loaded.energy_source is None else EnergyMeter(loaded.energy_source)
+    if meter is not None:
+        threading.Thread(target=tick, args=(inbox,), daemon=True, name="energy").start()
+    WorkerLoop(loaded.engine, inbox, outbox, meter).run()
     return 0
 
 

@@ -16,7 +16,7 @@ DECODING_MAY_IMPORT = {"decoding", "torch", "transformers", *sys.stdlib_module_n
 HOST_COPIES = {"item", "tolist", "cpu", "numpy"}
 ONLY_IN = {
     "prometheus_client": {"server/metrics.py"},
-    "zeus": {"server/energy.py"},
+    "zeus": {"server/energy_source.py"},
     "safetensors": {"decoding/embedded.py", "decoding/loading.py"},
     "pickle": set(),
 }

@@ -62,8 +62,8 @@ def test_advance_takes_over_one_and_many_tokens() -> None:
 
 def test_streams_depend_on_seed_choice_and_step() -> None:
     sequences = [
-        request(str(n), [1], seed=seed, choice=choice) for n, (seed, choice) in enumerate([(1, 0), (0, 1)])
+        request(str(n), [1], seed=seed, choice=choice) for n, (seed, choice) in enumerate([(1, 0), (0, 1), (1, 1)])
     ]
     sequences.append(request("later", [1], seed=1))
     sequences[-1].num_steps = 1
-    assert batch_of(sequences).streams.unique().numel() == 3
+    assert batch_of(sequences).streams.unique().numel() == 4

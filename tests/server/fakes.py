@@ -84,6 +84,8 @@ class FakeStats:
     prefill_tokens: int = 0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
+    prefill_id: str | None = None
+    decode_ids: tuple[str, ...] = ()
 
 
 @dataclass
@@ -156,7 +158,12 @@ class ScriptedEngine:
             self._running.append(self._waiting.popleft())
         rows = list(self._running)
         outputs = [self._advance(sequence) for sequence in rows]
-        self.last_step = FakeStats(rows[0].config.method, len(rows), num_tree_nodes=4)
+        self.last_step = FakeStats(
+            rows[0].config.method,
+            len(rows),
+            num_tree_nodes=4,
+            decode_ids=tuple(each.id for each in rows),
+        )
         return outputs
 
     def _advance(self, sequence: Sequence) -> SequenceOutput:

@@ -11,12 +11,11 @@ import time
 from decoding import ModelLoadError
 from server import worker
 from server.link import Outbox
-from server.loop import EngineLike
 from server.messages import LoadCommand, LoadingEvent
 from tests.server.fakes import ScriptedEngine, ready_event
 
 
-def load(command: LoadCommand, outbox: Outbox) -> EngineLike:
+def load(command: LoadCommand, outbox: Outbox) -> worker.Loaded:
     outbox.put(LoadingEvent(stage="models"))
     outbox.flush(wait=True)
     name = command.target or ""
@@ -30,7 +29,7 @@ def load(command: LoadCommand, outbox: Outbox) -> EngineLike:
     outbox.flush(wait=True)
     if name == "bad-frame":
         outbox._link.sendall(b"\xff" * 64)
-    return ScriptedEngine()
+    return worker.Loaded(ScriptedEngine())
 
 
 def main() -> int:
