@@ -61,8 +61,9 @@ def test_advance_takes_over_one_and_many_tokens() -> None:
 
 
 def test_streams_depend_on_seed_choice_and_step() -> None:
+    pairs = ((1, 0), (0, 1), (1, 1))
     sequences = [
-        request(str(n), [1], seed=seed, choice=choice) for n, (seed, choice) in enumerate([(1, 0), (0, 1), (1, 1)])
+        request(str(number), [1], seed=seed, choice=choice) for number, (seed, choice) in enumerate(pairs)
     ]
     sequences.append(request("later", [1], seed=1))
     sequences[-1].num_steps = 1
