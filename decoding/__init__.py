@@ -22,13 +22,14 @@ from decoding.sequence import GREEDY_TEMPERATURE, FinishReason, SamplingParams, 
 
 if TYPE_CHECKING:
     from decoding.embedded import prepare_embedded_pair
-    from decoding.engine import Engine, StepStats
+    from decoding.engine import Engine
     from decoding.loading import load_model_pair
     from decoding.model import ModelPair
+    from decoding.statistics import StepStats
 
 _LAZY = {
     "Engine": "decoding.engine",
-    "StepStats": "decoding.engine",
+    "StepStats": "decoding.statistics",
     "ModelPair": "decoding.model",
     "load_model_pair": "decoding.loading",
     "prepare_embedded_pair": "decoding.embedded",

@@ -3,7 +3,6 @@
 import time
 from collections import deque
 from collections.abc import Sequence as Series
-from dataclasses import dataclass
 
 import torch
 
@@ -17,26 +16,9 @@ from decoding.model import ModelPair
 from decoding.rows import RowTable
 from decoding.sequence import FinishReason, Sequence, SequenceOutput, TokenLogProb, empty_output
 from decoding.staging import Staging
+from decoding.statistics import StepStats
 
 PREFILL_CHUNK = 256
-
-
-@dataclass(frozen=True, slots=True)
-class StepStats:
-    """What one engine step did, and for which sequences.
-
-    Times are wall seconds, nodes are counted per row, roots apart. `prefill_id` is the sequence whose
-    prompt was run, `decode_ids` are those of the group that was decoded.
-    """
-
-    method: str | None = None
-    num_sequences: int = 0
-    num_tree_nodes: int = 0
-    prefill_tokens: int = 0
-    prefill_seconds: float = 0.0
-    decode_seconds: float = 0.0
-    prefill_id: str | None = None
-    decode_ids: tuple[str, ...] = ()
 
 
 class Engine:

@@ -15,7 +15,7 @@ import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 from prometheus_client.exposition import generate_latest
 
-from server.messages import EnergyEvent, GenerationStats, StepStatsEvent
+from server.messages import EnergyEvent, GenerationStats, ReadyEvent, StepStatsEvent
 
 NAMESPACE = "mmtad"
 CONTENT_TYPE = prometheus_client.CONTENT_TYPE_LATEST
@@ -175,6 +175,11 @@ class Metrics:
         self.worker_restarts = self._counter("worker_restarts", "Workers lost and replaced.", ("worker",))
         self.draft_enabled = self._gauge("draft_enabled", "1 while the worker uses its draft.", ("worker",))
         self.load_seconds = self._gauge("model_load_seconds", "Seconds the pair took to load.", ("worker",))
+
+    def record_ready(self, event: ReadyEvent, worker: str) -> None:
+        self.worker_up.labels(worker).set(1)
+        self.load_seconds.labels(worker).set(event.load_seconds)
+        self.energy_available.labels(worker).set(event.energy_source is not None)
 
     def record_step(self, event: StepStatsEvent, worker: str) -> None:
         self.draft_enabled.labels(worker).set(event.draft_enabled)

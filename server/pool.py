@@ -41,6 +41,7 @@ from server.turns import Turn
 log = structlog.get_logger("server.pool")
 
 
+LOADED_SETTINGS = ("device", "dtype", "max_model_len", "max_num_seqs", "num_workers", "energy_source")
 Launch = Callable[[LoadCommand, Callable[[Event], None], Callable[[], None]], Worker]
 
 
@@ -82,21 +83,23 @@ class WorkerPool:
             self._start_worker(index)
         self._spawn(self._watch_steps())
 
-    def _start_worker(self, index: int) -> None:
-        load = LoadCommand(
-            target=self._config.model,
-            draft=self._config.speculative_config.model,
-            device=self._config.device,
-            dtype=self._config.dtype,
-            max_model_len=self._config.max_model_len,
-            max_num_seqs=self._config.max_num_seqs,
+    def _load_command(self, index: int) -> LoadCommand:
+        config = self._config
+        return LoadCommand(
+            target=config.model,
+            draft=config.speculative_config.model,
             worker=index,
-            num_workers=self._config.num_workers,
-            energy_source=self._config.energy_source,
+            **{name: getattr(config, name) for name in LOADED_SETTINGS},
         )
+
+    def _start_worker(self, index: int) -> None:
         worker = WorkerState(
             str(index),
-            self._launch(load, lambda event: self._on_event(worker, event), lambda: self._on_lost(worker)),
+            self._launch(
+                self._load_command(index),
+                lambda event: self._on_event(worker, event),
+                lambda: self._on_lost(worker),
+            ),
         )
         self._placement.workers.append(worker)
         self.metrics.worker_up.labels(worker.name).set(0)
@@ -269,9 +272,7 @@ class WorkerPool:
         if worker.num_deaths > num_deaths:
             return  # it died while the tokenizer was read; its successor will tell
         worker.ready = self.model = event
-        self.metrics.worker_up.labels(worker.name).set(1)
-        self.metrics.load_seconds.labels(worker.name).set(event.load_seconds)
-        self.metrics.energy_available.labels(worker.name).set(event.energy_source is not None)
+        self.metrics.record_ready(event, worker.name)
         self._ready.set()
         self._placement.dispatch(time.monotonic())
 
