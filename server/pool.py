@@ -34,14 +34,13 @@ from server.metrics import Metrics
 from server.open_commands import OpenCommands
 from server.pending import GenerationEvent, Pending, Stream, Worker
 from server.placement import STORM_DEATHS, STORM_SECONDS, Placement, WorkerState
-from server.supervisor import WorkerProcess
+from server.supervisor import WorkerProcess, load_command
 from server.text import TextCodec
 from server.turns import Turn
 
 log = structlog.get_logger("server.pool")
 
 
-LOADED_SETTINGS = ("device", "dtype", "max_model_len", "max_num_seqs", "num_workers", "energy_source")
 Launch = Callable[[LoadCommand, Callable[[Event], None], Callable[[], None]], Worker]
 
 
@@ -83,23 +82,11 @@ class WorkerPool:
             self._start_worker(index)
         self._spawn(self._watch_steps())
 
-    def _load_command(self, index: int) -> LoadCommand:
-        config = self._config
-        return LoadCommand(
-            target=config.model,
-            draft=config.speculative_config.model,
-            worker=index,
-            **{name: getattr(config, name) for name in LOADED_SETTINGS},
-        )
-
     def _start_worker(self, index: int) -> None:
+        load = load_command(self._config, index)
         worker = WorkerState(
             str(index),
-            self._launch(
-                self._load_command(index),
-                lambda event: self._on_event(worker, event),
-                lambda: self._on_lost(worker),
-            ),
+            self._launch(load, lambda event: self._on_event(worker, event), lambda: self._on_lost(worker)),
         )
         self._placement.workers.append(worker)
         self.metrics.worker_up.labels(worker.name).set(0)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 import structlog
 
-from server.config import WORKER_LINK_FLAG, worker_environment
+from server.config import WORKER_LINK_FLAG, ServerConfig, worker_environment
 from server.messages import (
     HEADER_BYTES,
     BadFrameError,
@@ -35,6 +35,19 @@ EXIT_GRACE_SECONDS = 1.0  # from the end of its link to the end of a dying worke
 STDERR = 2
 
 log = structlog.get_logger("server.supervisor")
+
+
+LOADED_SETTINGS = ("device", "dtype", "max_model_len", "max_num_seqs", "num_workers", "energy_source")
+
+
+def load_command(config: ServerConfig, index: int) -> LoadCommand:
+    """What worker number `index` is told to load."""
+    return LoadCommand(
+        target=config.model,
+        draft=config.speculative_config.model,
+        worker=index,
+        **{name: getattr(config, name) for name in LOADED_SETTINGS},
+    )
 
 
 class WorkerProcess:
