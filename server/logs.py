@@ -29,3 +29,5 @@ def configure_logging(stream: Any = None) -> None:
     ]
     handler.setFormatter(structlog.stdlib.ProcessorFormatter(processors=final, foreign_pre_chain=common))
     logging.basicConfig(handlers=[handler], level=logging.WARNING)
+    # What it warns of are requests, which have their own line.
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)

@@ -1,7 +1,6 @@
 """How often one key may ask, or one address where no key is asked for."""
 
 import math
-import time
 
 from limits import RateLimitItemPerMinute
 from limits.aio.storage import MemoryStorage
@@ -11,6 +10,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from server.auth import is_open
 from server.errors import RateLimitError, error_response
 
+ROUNDING = 1e-3  # seconds, more than what floating-point clocks lose
+
 
 class RateLimitMiddleware:
     """Answers 429 beyond `per_minute` requests of one key or address, before the body is read."""
@@ -19,7 +20,8 @@ class RateLimitMiddleware:
         self._app = app
         self._per_minute = RateLimitItemPerMinute(per_minute)
         # Its memory per client is two counters, which end with their minutes.
-        self._limiter = SlidingWindowCounterRateLimiter(MemoryStorage())
+        self._storage = MemoryStorage()
+        self._limiter = SlidingWindowCounterRateLimiter(self._storage)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         limited = scope["type"] == "http" and not is_open(scope)
@@ -27,11 +29,20 @@ class RateLimitMiddleware:
         if not limited or await self._limiter.hit(self._per_minute, client):
             await self._app(scope, receive, send)
             return
-        stats = await self._limiter.get_window_stats(self._per_minute, client)
-        pause = max(1, math.ceil(stats.reset_time - time.time()))
+        refusal = RateLimitError(self._per_minute.amount, await self._pause(client))
         request_id = scope.get("state", {}).get("request_id")
-        refusal = RateLimitError(self._per_minute.amount, pause)
         await error_response(refusal, request_id)(scope, receive, send)
+
+    async def _pause(self, client: str) -> int:
+        """Whole seconds until one more request is taken; the limiter's own figure may be too early.
+
+        The last minute's requests count less and less while this minute passes.
+        """
+        key, minute = self._per_minute.key_for(client), self._per_minute.get_expiry()
+        last, last_left, this, this_left = await self._storage.get_sliding_window(key, minute)
+        room = self._per_minute.amount - this
+        seconds = last_left - room * minute / last if room > 0 and last else this_left - minute
+        return math.floor(seconds + ROUNDING) + 1
 
 
 def _client(scope: Scope) -> str:

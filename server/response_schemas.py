@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-Origin = Literal["prompt", "draft", "target"]
+from server.logprobs import Origin
+
 FinishReason = Literal["stop", "length"]
 
 
