@@ -4,7 +4,6 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import openai
 import pytest
 
 from server.text import TextCodec
@@ -121,32 +120,6 @@ def test_sixteen_mixed_requests_get_what_they_get_alone(server: RunningServer) -
     assert server.metric("mmtad_generation_tokens_total") - before > delivered  # and what the leavers got
 
 
-def test_openai_client(server: RunningServer) -> None:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
-        assert next(model.id for model in client.models.list()) == "tiny"
-        assert client.models.retrieve("tiny").id == "tiny"
-        whole = client.completions.create(
-            model="tiny", prompt="Hello", max_tokens=12, temperature=0, extra_body={"speculative": False}
-        )
-        assert whole.usage is not None
-        assert whole.usage.prompt_tokens == 5
-        assert whole._request_id
-        chunks = client.completions.create(
-            model="tiny",
-            prompt="Hello",
-            max_tokens=12,
-            temperature=0,
-            stream=True,
-            extra_body={"speculative": False},
-        )
-        assert "".join(chunk.choices[0].text for chunk in chunks) == whole.choices[0].text
-        with pytest.raises(openai.NotFoundError):
-            client.completions.create(model="unknown", prompt="Hello")
-        with pytest.raises(openai.BadRequestError) as error:
-            client.completions.create(model="tiny", prompt="Hello", max_tokens=100_000)
-        assert error.value.code == "context_length_exceeded"
-
-
 EVERYTHING = {
     "presence_penalty": 1.5,
     "frequency_penalty": -0.5,
@@ -205,23 +178,6 @@ def test_best_of(server: RunningServer) -> None:
     ]
     assert means == sorted(means, reverse=True)
     assert result["usage"]["completion_tokens"] > 48
-
-
-def test_chat_with_the_openai_client(server: RunningServer) -> None:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
-        asked: Any = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "temperature": 0}
-        whole = client.chat.completions.create(
-            **asked, max_completion_tokens=12, logprobs=True, top_logprobs=2
-        )
-        assert whole.choices[0].message.role == "assistant"
-        assert whole.choices[0].logprobs is not None
-        assert whole.choices[0].logprobs.content is not None
-        assert len(whole.choices[0].logprobs.content) == 12
-        assert whole.usage is not None
-        assert whole.usage.prompt_tokens == len("user: hi\nassistant:") + 1
-        chunks = client.chat.completions.create(**asked, max_completion_tokens=12, stream=True)
-        text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
-        assert text == whole.choices[0].message.content
 
 
 def test_a_client_that_leaves_frees_its_rows(server: RunningServer) -> None:
