@@ -17,7 +17,7 @@ import structlog
 
 REPLAY_PREFIX = "replay:"
 # Docker hides the host's folder from containers; mounted read-only at the second path it can be read.
-POWERCAP_FOLDERS = (Path("/sys/class/powercap"), Path("/host/sys/class/powercap"))
+POWERCAP_FOLDERS = (Path("/sys/class/powercap"), Path("/host/powercap"))
 
 Reading = dict[str, int]  # microjoules since some start, by device
 
@@ -135,8 +135,9 @@ class PowercapSource:
     def __post_init__(self) -> None:
         """Raises EnergySourceError."""
         try:
-            for package in sorted(self.folder.glob("intel-rapl:*[0-9]")):
-                self._add(package)
+            for pattern in ("intel-rapl:*", "intel-rapl:*/intel-rapl:*"):  # flat or nested, or both
+                for zone in sorted(self.folder.glob(pattern)):
+                    self._add(zone)
         except (OSError, ValueError) as error:
             raise EnergySourceError(f"{self.folder} cannot be read: {error}") from error
         if not self._zones:
@@ -149,14 +150,16 @@ class PowercapSource:
         except (OSError, ValueError) as error:
             raise EnergySourceError(f"the counters cannot be read: {error}") from error
 
-    def _add(self, package: Path) -> None:
-        """A package counts its cores too; memory is a zone of its own, below the package or beside it."""
-        number = package.name.removeprefix("intel-rapl:")
-        name = (package / "name").read_text().strip()
-        if ":" not in number or name == "dram":
-            limit = int((package / "max_energy_range_uj").read_text())
-            value = int((package / "energy_uj").read_text())
-            self._zones[f"{'dram' if name == 'dram' else 'cpu'}:{number}"] = _Zone(package, limit, value)
+    def _add(self, zone: Path) -> None:
+        """A package counts its cores too; memory does not belong to it, and the whole platform to neither."""
+        number = zone.name.removeprefix("intel-rapl:")
+        name = (zone / "name").read_text().strip()
+        if not (name.startswith("package") or name == "dram"):
+            return
+        device = f"{'dram' if name == 'dram' else 'cpu'}:{number}"
+        if device not in self._zones:
+            limit = int((zone / "max_energy_range_uj").read_text())
+            self._zones[device] = _Zone(zone, limit, int((zone / "energy_uj").read_text()))
 
 
 class GpuSource:

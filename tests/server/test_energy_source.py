@@ -1,6 +1,7 @@
 """Energy sources: recordings, the kernel's powercap folder as files, a GPU's counter, and honest absence."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -64,11 +65,20 @@ def zone(folder: Path, name: str, value: int, limit: int = 1000) -> None:
 
 
 def powercap(root: Path) -> Path:
-    """One package with its cores, which are part of it, and memory, which is not."""
+    """One package with its cores, which are part of it, memory, which is not, and the whole platform."""
     zone(root / "intel-rapl:0", "package-0", 900)
     zone(root / "intel-rapl:0:0", "core", 500)
     zone(root / "intel-rapl:0:1", "dram", 10)
+    zone(root / "intel-rapl:1", "psys", 2000)
     return root
+
+
+def test_zones_may_lie_inside_their_package(tmp_path: Path) -> None:
+    root = powercap(tmp_path / "powercap")
+    (root / "intel-rapl:0:1").rename(root / "intel-rapl:0" / "intel-rapl:0:1")
+    shutil.rmtree(root / "intel-rapl:0:0")
+    (root / "intel-rapl:0:1").symlink_to(root / "intel-rapl:0" / "intel-rapl:0:1")
+    assert PowercapSource(root).devices == ("cpu:0", "dram:0:1")
 
 
 def test_powercap_counters_are_read_over_their_wrap_around(tmp_path: Path) -> None:
