@@ -32,7 +32,7 @@ from server.messages import (
     encode_frame,
     frame_length,
 )
-from tests.server.fakes import TIMEOUT, ScriptedEngine, constant, ids_of
+from tests.server.fakes import TIMEOUT, DeviceLostError, ScriptedEngine, constant, ids_of
 
 replies: FrameDecoder[Event] = FrameDecoder(Event)
 
@@ -130,6 +130,41 @@ def test_a_broken_step_fails_its_rows_and_the_loop_goes_on() -> None:
         assert any(isinstance(end, FailedEvent) and end.code == "worker_failed" for end in ends)
         link.send(generate("c"))
         assert isinstance(link.answer()[1], FinishedEvent)
+
+
+def test_a_lost_device_ends_the_worker() -> None:
+    """It would only give errors from now on: whoever watches it starts another."""
+    engine = ScriptedEngine()
+    engine.failures.append(DeviceLostError())
+    inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
+    inbox.put(generate())
+    ours, theirs = socket.socketpair()
+    with ours, theirs, pytest.raises(DeviceLostError):
+        WorkerLoop(engine, inbox, Outbox(theirs)).run()
+
+
+class DraftBreaks(ScriptedEngine):
+    """Steps with `draft` rows raise; the other rows can go on."""
+
+    def retreat(self) -> list[str] | None:
+        lost = [each.id for each in self._running if each.config.method == "draft"]
+        for sequence_id in lost:
+            self.cancel(sequence_id)
+        return lost
+
+
+def test_a_broken_draft_ends_only_what_needs_it() -> None:
+    engine = DraftBreaks(tokens_per_step=1, hold_after=1)
+    with running(engine) as link:
+        link.send(generate("a"), generate("b", config=DecodingConfig(method="draft")))
+        link.until(lambda event: isinstance(event, StepStatsEvent) and event.num_running == 2)
+        engine.failures.append(RuntimeError("broken"))
+        engine.gate.set()
+        ends = {end.id: end for end in (link.answer()[1], link.answer()[1])}
+        assert isinstance(failed := ends["b"], FailedEvent)
+        assert failed.code == "worker_failed"
+        assert isinstance(ends["a"], FinishedEvent)
+        assert ends["a"].finish_reasons == [FinishReason.STOP]
 
 
 class OneRowBreaks(ScriptedEngine):

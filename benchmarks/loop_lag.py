@@ -1,0 +1,155 @@
+"""How late a server's event loop runs while streams and broken requests arrive together.
+
+    python -m benchmarks.loop_lag --url http://127.0.0.1:8000 --seconds 60
+
+Prints one JSON object: percentiles of `mmtad_event_loop_lag_seconds` over the run, each the upper bound of
+the histogram's bucket in which it lies, and what the requests were answered.
+"""
+
+import argparse
+import asyncio
+import collections
+import itertools
+import json
+import random
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+from prometheus_client.parser import text_string_to_metric_families
+
+METRIC = "mmtad_event_loop_lag_seconds"
+NUM_STREAMS = 32
+PER_KIND = 2  # clients of each kind of broken request
+MEBIBYTE = 2**20
+
+Bodies = Callable[[random.Random, str], bytes]
+
+
+def valid(model: str, **fields: Any) -> bytes:
+    return json.dumps({"model": model, "prompt": "select", "max_tokens": 4, **fields}).encode()
+
+
+def malformed(rng: random.Random, model: str) -> bytes:
+    """Not JSON, or JSON that is slow or dangerous to look at."""
+    return rng.choice(
+        [
+            b"{",
+            b"",
+            b"[" * 20_000,
+            b'{"a":' * 5_000,
+            b'{"model": "x", "prompt": "\\ud800"}',
+            b'{"model": "x", "temperature": NaN}',
+            b"\xff\xfe" * 100,
+            valid(model, prompt=[-1] * 20_000),
+            valid(model, logit_bias={str(number): 1 for number in range(5_000)}),
+            valid(model, stop=["x"] * 10_000),
+        ]
+    )
+
+
+def mutated(rng: random.Random, model: str) -> bytes:
+    """A valid body with a few bytes changed, dropped or doubled."""
+    body = bytearray(valid(model, temperature=0.5, stop=["a"], seed=1))
+    for _ in range(rng.randrange(1, 6)):
+        place = rng.randrange(len(body))
+        body[place : place + rng.randrange(2)] = rng.randbytes(rng.randrange(3))
+    return bytes(body)
+
+
+def huge(rng: random.Random, model: str) -> bytes:
+    """As large as a body may be, and a little larger."""
+    envelope = len(valid(model, prompt=""))
+    return valid(model, prompt="x " * ((MEBIBYTE - envelope) // 2 + rng.randrange(2)))
+
+
+class Load:
+    """Streams and broken requests until told to stop; counts what they were answered."""
+
+    def __init__(self, client: httpx.AsyncClient, model: str) -> None:
+        self.answers: collections.Counter[str] = collections.Counter()
+        self._client = client
+        self._model = model
+
+    async def stream(self, number: int) -> None:
+        for seed in itertools.count(number, NUM_STREAMS):
+            body = json.loads(valid(self._model, stream=True, max_tokens=64, ignore_eos=True, seed=seed))
+            async with self._client.stream("POST", "/v1/completions", json=body) as response:
+                async for line in response.aiter_lines():
+                    if line:
+                        self.answers[f"stream {response.status_code}, events"] += 1
+
+    async def break_in(self, name: str, bodies: Bodies, seed: int) -> None:
+        rng = random.Random(seed)
+        while True:
+            await self._send(name, bodies(rng, self._model))
+
+    async def _send(self, name: str, body: bytes) -> None:
+        headers = {"content-type": "application/json"}
+        try:
+            response = await self._client.post("/v1/completions", content=body, headers=headers)
+            self.answers[f"{name} {response.status_code}"] += 1
+        except httpx.TransportError as error:  # an answer given before the body was read ends the connection
+            self.answers[f"{name} {type(error).__name__}"] += 1
+
+
+async def lag_buckets(client: httpx.AsyncClient) -> dict[float, float]:
+    """Cumulative counts by upper bound; raises ValueError where the server does not measure its lag."""
+    response = await client.get("/metrics")
+    samples = (
+        sample
+        for family in text_string_to_metric_families(response.text)
+        for sample in family.samples
+        if sample.name == f"{METRIC}_bucket"
+    )
+    buckets = {float(sample.labels["le"]): sample.value for sample in samples}
+    if not buckets:
+        raise ValueError(f"the server has no {METRIC}")
+    return buckets
+
+
+def percentile(buckets: dict[float, float], share: float) -> float:
+    """The upper bound of the bucket that holds this share of the observations."""
+    total = max(buckets.values())
+    return min(bound for bound, count in buckets.items() if count >= share * total)
+
+
+async def measure(url: str, seconds: float) -> dict[str, Any]:
+    """The lag of the server at `url` under load for `seconds`."""
+    limits = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(base_url=url, timeout=60, limits=limits) as client:
+        model = (await client.get("/v1/models")).json()["data"][0]["id"]
+        load = Load(client, model)
+        before = await lag_buckets(client)
+        work = [load.stream(number) for number in range(NUM_STREAMS)]
+        for seed, bodies in enumerate([malformed, mutated, huge] * PER_KIND):
+            work.append(load.break_in(bodies.__name__, bodies, seed))
+        tasks = [asyncio.ensure_future(each) for each in work]
+        done, _ = await asyncio.wait(tasks, timeout=seconds, return_when=asyncio.FIRST_EXCEPTION)
+        after = await lag_buckets(client)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for task in done:
+            task.result()
+    during = {bound: count - before[bound] for bound, count in after.items()}
+    return {
+        "seconds": seconds,
+        "observations": int(max(during.values())),
+        "p50_seconds": percentile(during, 0.5),
+        "p99_seconds": percentile(during, 0.99),
+        "max_seconds": percentile(during, 1.0),
+        "answers": dict(sorted(load.answers.items())),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--url", default="http://127.0.0.1:8000")
+    parser.add_argument("--seconds", type=float, default=60.0)
+    arguments = parser.parse_args()
+    print(json.dumps(asyncio.run(measure(arguments.url, arguments.seconds)), indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,19 @@
+"""The event loop answers in time while 32 streams run and broken requests arrive."""
+
+import pytest
+
+from benchmarks.loop_lag import measure
+from tests.e2e.conftest import RunningServer
+
+pytestmark = pytest.mark.slow
+
+CEILING_SECONDS = 0.25  # of the bucket that holds ten times the goal
+
+
+async def test_the_event_loop_stays_free(server: RunningServer, long: bool) -> None:
+    figures = await measure(server.url, 60 if long else 12)
+    assert figures["p99_seconds"] <= CEILING_SECONDS, figures
+    answers = figures["answers"]
+    assert answers["stream 200, events"] >= 32
+    assert [answer for answer in answers if " 5" in answer] == []
+    assert {"malformed 400", "mutated 400"} <= answers.keys()
