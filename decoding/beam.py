@@ -35,6 +35,11 @@ class _Candidates:
     parents: Tensor
     scores: Tensor
 
+    def take(self, numbers: Tensor) -> "_Candidates":
+        """The candidates of these numbers `[rows, taken]`."""
+        parts = (self.token_ids, self.beams, self.parents, self.scores)
+        return _Candidates(*(part.gather(1, numbers) for part in parts))
+
 
 def propose_tree(draft: CausalModel, batch: Batch) -> tuple[TokenTree, Beams]:
     """The draft's beams as a tree, its last committed token caught up on; see `beam_search`."""
@@ -67,8 +72,8 @@ def beam_search(
         frozen = tree.ended.gather(1, beams.nodes) | (depth > limits)[:, None]
         log_probs = batch.log_probs(levels[-1], tree, parent, point_mass=False)
         candidates = _candidates(tree, beams, frozen, log_probs, num_offered)
-        ranking = _ranking(candidates, batch, streams, depth)
-        beams = _extend(tree, beams, frozen, candidates, ranking[:, :width], batch, first, depth)
+        chosen = candidates.take(_ranking(candidates, batch, streams, depth)[:, :width])
+        beams = _extend(tree, chosen, frozen.gather(1, chosen.beams), batch, depth)
     return tree, beams, levels
 
 
@@ -99,34 +104,25 @@ def _ranking(candidates: _Candidates, batch: Batch, streams: Tensor, depth: int)
     return scores.sort(dim=1, descending=True, stable=True).indices
 
 
-def _extend(
-    tree: TokenTree,
-    beams: Beams,
-    frozen: Tensor,
-    candidates: _Candidates,
-    chosen: Tensor,
-    batch: Batch,
-    first: int,
-    depth: int,
-) -> Beams:
-    """Write the chosen candidates as the nodes of this depth and return the beams they form."""
-    missing = batch.width - chosen.shape[1]
-    slots = candidates.beams.gather(1, chosen)
-    scores = candidates.scores.gather(1, chosen)
-    token_ids = candidates.token_ids.gather(1, chosen)
-    parents = candidates.parents.gather(1, chosen)
-    stays = frozen.gather(1, slots)
-    new = torch.arange(first, first + chosen.shape[1], device=chosen.device)
-    real = ~stays & (scores > -math.inf)
+def _extend(tree: TokenTree, chosen: _Candidates, stays: Tensor, batch: Batch, depth: int) -> Beams:
+    """Write what was chosen as the nodes of this depth and return the beams they form.
+
+    A beam that `stays` `[rows, chosen]` keeps its node, and padding takes its place in the level.
+    """
+    first = 1 + (depth - 1) * batch.width
+    count = chosen.token_ids.shape[1]
+    new = torch.arange(first, first + count, device=stays.device)
+    real = ~stays & (chosen.scores > -math.inf)
     tree.add_level(
         first,
         depth,
-        token_ids=token_ids,
-        parents=parents,
-        draft_log_probs=torch.where(real, scores, -math.inf),
-        ended=batch.ends(token_ids) & real,
+        token_ids=chosen.token_ids,
+        parents=chosen.parents,
+        draft_log_probs=torch.where(real, chosen.scores, -math.inf),
+        ended=batch.ends(chosen.token_ids) & real,
     )
-    kept = Beams(torch.where(stays, parents, new), scores)
+    kept = Beams(torch.where(stays, chosen.parents, new), chosen.scores)
+    missing = batch.width - count
     return kept if missing <= 0 else _padded(kept, missing)
 
 

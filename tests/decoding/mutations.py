@@ -111,10 +111,11 @@ MUTATIONS = (
         "tests/decoding/test_beam.py",
     ),
     Mutation(
-        "parents are taken by slot: the beam of the same number, not the one that was continued",
+        "parents are taken by slot, not from the beam that was continued",
         "decoding/beam.py",
-        "    parents = candidates.parents.gather(1, chosen)",
-        "    parents = beams.nodes[:, : chosen.shape[1]].expand_as(chosen).contiguous()",
+        "beams = _extend(tree, chosen, frozen.gather(1, chosen.beams), batch, depth)",
+        "chosen.parents = beams.nodes[:, :1].expand_as(chosen.parents)\n"
+        "        beams = _extend(tree, chosen, frozen.gather(1, chosen.beams), batch, depth)",
         "tests/decoding/test_beam.py",
     ),
     Mutation(
