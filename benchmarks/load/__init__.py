@@ -1,0 +1,1 @@
+"""The parts of `benchmarks.serve`: requests, arrivals, what is made of them, how it is shown."""
