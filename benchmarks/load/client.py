@@ -63,7 +63,7 @@ class Endpoint:
             return _failed(due, "timeout")
         except httpx.TransportError as error:
             return _failed(due, type(error).__name__)
-        except (ValueError, KeyError):
+        except (ValueError, KeyError, TypeError):
             return _failed(due, "unreadable answer")
 
 
@@ -102,8 +102,10 @@ async def _refusal(response: httpx.Response) -> str:
     return str(response.status_code)
 
 
-def _kind(error: dict[str, Any]) -> str:
-    return str(error.get("code") or error.get("type") or "error")
+def _kind(error: Any) -> str:
+    """Other servers put anything there."""
+    known = error if isinstance(error, dict) else {}
+    return str(known.get("code") or known.get("type") or "error")
 
 
 def _failed(due: float, kind: str) -> Outcome:

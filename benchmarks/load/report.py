@@ -2,6 +2,7 @@
 
 import html
 import io
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -28,13 +29,14 @@ LATENCIES = {
 }
 STYLE = """
 :root { color-scheme: light dark; font: 15px/1.5 system-ui, sans-serif; }
-body { max-width: 76rem; margin: 0 auto; padding: 1.5rem; background: #fff; color: #1b1f24; }
+body { max-width: 84rem; margin: 0 auto; padding: 1.5rem; background: #fff; color: #1b1f24; }
 h1 { font-size: 1.5rem; margin: 0 0 .5rem; } h2 { font-size: 1.1rem; margin: 2rem 0 .5rem; }
 .wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .6rem; text-align: right; border-bottom: 1px solid #d0d7de; white-space: nowrap; }
+table { border-collapse: collapse; font-size: .78rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .2rem .4rem; text-align: right; border-bottom: 1px solid #d0d7de; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; } tbody tr.first td { border-top: 2px solid #8c959f; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; font-size: .85rem; }
+dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(17rem, 1fr)); gap: .1rem 1.5rem; }
+dl div { display: flex; gap: .6rem; font-size: .85rem; }
 dt { color: #57606a; } dd { margin: 0; overflow-wrap: anywhere; }
 figure { margin: 0; background: #fff; border-radius: .4rem; } figure svg { max-width: 100%; height: auto; }
 @media (prefers-color-scheme: dark) {
@@ -53,7 +55,10 @@ def report(result: dict[str, Any]) -> str:
     """The whole document; `result` is what `benchmarks.serve` prints as JSON."""
     points: list[Point] = result["points"]
     conditions = {**result["conditions"], "objective": describe_objective(result["objective"])}
-    listed = "".join(f"<dt>{_text(name)}</dt><dd>{_text(value)}</dd>" for name, value in conditions.items())
+    told = {name.replace("_", " "): value for name, value in conditions.items() if value is not None}
+    listed = "".join(
+        f"<div><dt>{_text(name)}</dt><dd>{_text(each)}</dd></div>" for name, each in told.items()
+    )
     parts = [
         f"<h1>Load test of {_text(result['conditions']['model'])}</h1><dl>{listed}</dl><p>{NOTES}</p>",
         _figure("Load and cost", _load_plots(points)),
@@ -104,11 +109,12 @@ def _load_plots(points: list[Point]) -> Figure | None:
     if not closed:
         return None
     figure, grid = plt.subplots(1, len(shown), figsize=(4.6 * len(shown), 3.6), squeeze=False)
+    looks = _looks(points)
     for axes, (title, take) in zip(grid[0], shown, strict=True):
         _panel(axes, title, "concurrent clients")
-        for index, (method, own) in enumerate(_by_method(closed).items()):
+        for method, own in _by_method(closed).items():
             known = [(point["concurrency"], value) for point in own if (value := take(point)) is not None]
-            axes.plot(*zip(*known, strict=True), **_look(index), label=method) if known else None
+            axes.plot(*zip(*known, strict=True), **looks[method], label=method) if known else None
         axes.set_xscale("log", base=2)
         axes.set_xticks(sorted({point["concurrency"] for point in closed}))
         axes.xaxis.set_major_formatter(ScalarFormatter())
@@ -118,6 +124,7 @@ def _load_plots(points: list[Point]) -> Figure | None:
 
 def _latency_plots(points: list[Point]) -> Iterable[tuple[str, Figure | None]]:
     """Distributions at the least and the most clients, and at each arrival rate."""
+    looks = _looks(points)
     loads = list(dict.fromkeys((point["mode"], describe_load(point)) for point in points))
     closed = [load for load in loads if load[0] == "closed"]
     for mode, load in dict.fromkeys(
@@ -127,11 +134,17 @@ def _latency_plots(points: list[Point]) -> Iterable[tuple[str, Figure | None]]:
         figure, grid = plt.subplots(1, 3, figsize=(13.8, 3.2), squeeze=False)
         for axes, (name, title) in zip(grid[0], LATENCIES.items(), strict=True):
             _panel(axes, title, "")
-            for index, point in enumerate(own):
+            for point in own:
                 values = np.sort(point["samples"][name])
                 if len(values):
                     shares = np.arange(1, len(values) + 1) / len(values)
-                    axes.step(values, shares, where="post", color=COLORS[index % 7], label=point["method"])
+                    axes.step(
+                        values,
+                        shares,
+                        where="post",
+                        color=looks[point["method"]]["color"],
+                        label=point["method"],
+                    )
             axes.set_xlim(left=0)
             axes.set_ylim(0, 1.02)
         grid[0][0].set_ylabel("share of requests", fontsize=9)
@@ -145,16 +158,22 @@ def _acceptance_plot(points: list[Point]) -> Figure | None:
         return None
     figure, axes = plt.subplots(figsize=(6.4, 3.6))
     _panel(axes, "steps that accepted at least this many draft tokens", "depth")
-    for index, (method, point) in enumerate(first.items()):
+    looks = _looks(points)
+    for method, point in first.items():
         shares = point["accepted_by_depth"]
-        axes.plot(range(1, len(shares) + 1), shares, **_look(index + 1), label=method)
+        axes.plot(range(1, len(shares) + 1), shares, **looks[method], label=method)
     axes.set_xticks(range(1, 1 + max(len(point["accepted_by_depth"]) for point in first.values())))
     axes.set_ylim(0, 1)
     return _with_legend(figure, axes)
 
 
-def _look(index: int) -> dict[str, Any]:
-    return {"color": COLORS[index % 7], "marker": MARKS[index % 7], "ms": 5, "lw": 1.6}
+def _looks(points: Iterable[Point]) -> dict[str, dict[str, Any]]:
+    """One colour and mark per method, the same in every plot."""
+    marks = itertools.cycle(zip(COLORS, MARKS, strict=True))
+    return {
+        method: {"color": color, "marker": mark, "ms": 5, "lw": 1.6}
+        for method, (color, mark) in zip(_by_method(points), marks, strict=False)
+    }
 
 
 def _with_legend(figure: Figure, axes: Axes) -> Figure:
