@@ -14,6 +14,7 @@ pytestmark = pytest.mark.slow
 
 METHODS = ("target", "draft", "speculative", "multi_candidate", "mtjd", "mtad", "mmtad")
 MOST_REQUESTS = 3000
+WATTS = 40
 DASHBOARD: dict[str, Any] = json.loads((ROOT / "deploy/grafana/dashboards/mmtad.json").read_text("utf-8"))
 QUERIES = {
     f"{panel['title']} {target['refId']}": target["expr"]
@@ -39,9 +40,13 @@ def load(server: RunningServer, stop: threading.Event) -> None:
 
 @pytest.fixture(scope="module")
 def prometheus(start: Start, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
-    """Prometheus beside a server with a short queue that four clients keep full."""
+    """Prometheus beside a server with a short queue that four clients keep full, on a replayed counter."""
     stop = threading.Event()
-    with start("--max-num-seqs", "2", "--max-num-queued-reqs", "1") as server:
+    recording = tmp_path_factory.mktemp("energy") / "counter.jsonl"
+    rows = [{"seconds": n / 10, "microjoules": {"cpu:0": n * WATTS * 100_000}} for n in range(301)]
+    recording.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    flags = ["--max-num-seqs", "2", "--max-num-queued-reqs", "1", "--energy-source", f"replay:{recording}"]
+    with start(*flags) as server:
         clients = [threading.Thread(target=load, args=(server, stop)) for _ in range(4)]
         folder = tmp_path_factory.mktemp("prometheus")
         with running_prometheus(folder, f"127.0.0.1:{server.port}") as running:
@@ -64,6 +69,16 @@ def test_the_panel_has_data(query: str, prometheus: Prometheus) -> None:
         expression = expression.replace(variable, value)
     assert "$" not in expression
     until(lambda: bool(prometheus.values(expression)), 60)
+
+
+def test_joules_become_the_watts_of_the_counter(prometheus: Prometheus) -> None:
+    """And what requests and idleness are told adds up to them."""
+    power = "sum(rate(mmtad_energy_joules_total[20s]))"
+    parts = (
+        "sum(rate(mmtad_request_energy_joules_total[20s])) + sum(rate(mmtad_idle_energy_joules_total[20s]))"
+    )
+    for query in (power, parts):
+        until(lambda query=query: prometheus.values(query) == [pytest.approx(WATTS, rel=0.1)], 60)
 
 
 def test_the_methods_can_be_chosen(prometheus: Prometheus) -> None:
