@@ -25,10 +25,11 @@ if TYPE_CHECKING:
     from decoding.engine import Engine
     from decoding.loading import load_model_pair
     from decoding.model import ModelPair
-    from decoding.statistics import StepStats
+    from decoding.statistics import ForwardTime, StepStats
 
 _LAZY = {
     "Engine": "decoding.engine",
+    "ForwardTime": "decoding.statistics",
     "StepStats": "decoding.statistics",
     "ModelPair": "decoding.model",
     "load_model_pair": "decoding.loading",
@@ -47,6 +48,7 @@ __all__ = [
     "DecodingConfig",
     "Engine",
     "FinishReason",
+    "ForwardTime",
     "ModelLoadError",
     "ModelPair",
     "SamplingParams",

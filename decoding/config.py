@@ -42,6 +42,20 @@ class Preset:
             return 1 + sum(math.prod(self.candidates[:depth]) for depth in range(1, self.depth + 1))
         return 1 + self.depth * self.width
 
+    @property
+    def name(self) -> str:
+        """Short and unique: `target`, `mmtad-4x4` (depth, width), `multi_candidate-4.2.2`, ..."""
+        parts = [self.method]
+        if self.candidates:
+            parts.append(".".join(map(str, self.candidates)))
+        elif self.depth:
+            parts.append(f"{self.depth}x{self.width}")
+        if self.acceptance != "token":
+            parts.append(self.acceptance)
+        if self.replacement:
+            parts.append("replacement")
+        return "-".join(parts)
+
 
 def default_threshold(*, greedy: bool) -> float:
     """The `acceptance_threshold` of a sequence that has none of its own."""

@@ -17,6 +17,7 @@ from decoding.rows import RowTable
 from decoding.sequence import FinishReason, Sequence, SequenceOutput, TokenLogProb, empty_output
 from decoding.staging import Staging
 from decoding.statistics import StepStats
+from decoding.timing import StepTimer
 
 PREFILL_CHUNK = 256
 
@@ -39,6 +40,7 @@ class Engine:
         self._waiting: deque[Sequence] = deque()
         self._nothing_to_do: list[Sequence] = []
         self._staging = Staging(self._models, max_num_seqs, prefill_chunk)
+        self._timer = StepTimer({role: model.timer for role, model in pair.models.items()})
         self._prompt_log_probs: dict[str, list[TokenLogProb]] = {}
         self._batches: dict[Preset, Batch] = {}
         self._last_turn: dict[Preset, int] = {}
@@ -128,16 +130,19 @@ class Engine:
     def step(self) -> list[SequenceOutput]:
         """Prefill at most one chunk, decode one group of rows, and return what was delivered."""
         started = time.monotonic()
+        self._timer.begin()
         outputs = [empty_output(sequence, None) for sequence in self._nothing_to_do]
         self._nothing_to_do.clear()
-        prefill_id, prefill_tokens, scored = self._admit()
+        prefill_id, prefill_tokens, cached_tokens, scored = self._admit()
         outputs += scored
         prefilled = time.monotonic()
         group = self._next_group()
         decoded = self._decode(*group) if group else []
         outputs += decoded
+        forward_times = self._timer.end()
         self.last_step = StepStats(
             method=group[0].method if group else None,
+            preset=group[0].name if group else None,
             num_sequences=group[1].stop - group[1].start if group else 0,
             num_tree_nodes=max((output.num_draft_nodes for output in outputs), default=0),
             prefill_tokens=prefill_tokens,
@@ -145,6 +150,8 @@ class Engine:
             decode_seconds=time.monotonic() - prefilled,
             prefill_id=prefill_id,
             decode_ids=tuple(output.id for output in decoded),
+            cached_prompt_tokens=cached_tokens,
+            forward_times=forward_times,
         )
         return outputs
 
@@ -183,20 +190,23 @@ class Engine:
         queued = (*self._waiting, *self._nothing_to_do)
         return self._rows.find(sequence_id) is not None or any(each.id == sequence_id for each in queued)
 
-    def _admit(self) -> tuple[str | None, int, list[SequenceOutput]]:
+    def _admit(self) -> tuple[str | None, int, int, list[SequenceOutput]]:
         """Give free rows to the sequences whose prompt is prefilled.
 
-        Returns the sequence that a chunk was prefilled for, the tokens of the chunk, and the outputs of
-        sequences that only wanted their prompt scored.
+        Returns the sequence that a chunk was prefilled for, the tokens of the chunk, those that were
+        prefilled for others before, and the outputs of sequences that only wanted their prompt scored.
         """
-        prefill_id, prefilled, scored = None, 0, []
+        prefill_id, prefilled, cached, scored = None, 0, 0, []
         while self._waiting and self._rows.num_free:
             sequence = self._waiting[0]
             self._trying = [sequence]
-            if not self._staging.ready(sequence):
+            if self._staging.ready(sequence):
+                cached += sequence.num_cached
+            else:
                 if prefilled:
                     break
                 prefill_id, prefilled = sequence.id, self._staging.advance(sequence)
+                self._timer.charge("prefill", sequence.config.method, (sequence.id,))
                 if not self._staging.ready(sequence):
                     break
             self._waiting.popleft()
@@ -205,7 +215,7 @@ class Engine:
                 self._insert(sequence, prompt_log_probs)
             else:
                 scored.append(empty_output(sequence, prompt_log_probs))
-        return prefill_id, prefilled, scored
+        return prefill_id, prefilled, cached, scored
 
     def _insert(self, sequence: Sequence, prompt_log_probs: list[TokenLogProb] | None) -> None:
         self._rows.insert(sequence)
@@ -233,6 +243,7 @@ class Engine:
             self._batches[preset] = batch
         step = METHODS_BY_NAME[preset.method].step(self.pair, batch)
         values = to_host(step.packed())
+        self._timer.charge("decode", preset.method, tuple(sequence.id for sequence in sequences))
         outputs = [
             self._deliver(sequence, step.unpack(row_values), step.num_nodes)
             for sequence, row_values in zip(sequences, values, strict=True)

@@ -20,6 +20,7 @@ from decoding.host import to_host
 from decoding.linear import apply_float16_linear, float16_linear_available
 from decoding.model import CausalModel, ChatFormat, ModelPair, OutputHead, load_causal_lm
 from decoding.probe import PROBE_ROWS, probe_tree, refusal
+from decoding.timing import timed
 
 MAX_MODEL_LEN = 4096
 DTYPES = ("auto", "float16", "bfloat16", "float32")
@@ -84,7 +85,8 @@ def load_model_pair(
     if draft is not None:
         _check_vocabulary(*tokenizers)
     heads = [None, *(_read_output_head(source) for source in sources[1:])]
-    modules = [_load_module(*each, precision) for each in zip(sources, heads, strict=True)]
+    loaded = [timed(_load_module, *each, precision) for each in zip(sources, heads, strict=True)]
+    modules = [module for module, _ in loaded]
     vocab_size = min(len(tokenizers[0]), *(module.config.get_text_config().vocab_size for module in modules))
     context = _max_model_len(modules, max_model_len)
     sizes = [sum(weight.numel() for weight in module.parameters()) for module in modules]
@@ -107,6 +109,7 @@ def load_model_pair(
         tokenizer_file=_save_tokenizer(tokenizers[0]),
         description=_describe(sources, modules, sizes, shares, precision, place),
         chat=ChatFormat.of(tokenizers[0]),
+        load_seconds=dict(zip(("target", "draft"), (seconds for _, seconds in loaded), strict=False)),
     )
 
 

@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from decoding.attention import ATTENTION_NAME, fold_mask, register_attention
 from decoding.config import MAX_TREE_NODES
 from decoding.kv_cache import KVCache
 from decoding.linear import Float16Linear
+from decoding.timing import PassTimer
 from decoding.token_tree import TokenTree
 
 
@@ -94,6 +95,7 @@ class CausalModel:
         self.module: PreTrainedModel = nn.Module.to(module, device)
         self.module.set_attn_implementation(ATTENTION_NAME)
         self.device = device
+        self.timer = PassTimer(device)
         self.vocab_size = vocab_size
         self.output_ids = None if output_ids is None else output_ids.to(device)
         self._max_model_len = max_model_len
@@ -198,14 +200,15 @@ class CausalModel:
 
     def _run(self, rows: slice, inputs: _Pass, keep: int) -> Tensor:
         self.cache.begin_pass(rows, inputs.columns, inputs.mask.shape[-1])
-        output = self.module(
-            input_ids=inputs.token_ids,
-            position_ids=inputs.positions,
-            attention_mask=self._masks(inputs),
-            use_cache=True,
-            logits_to_keep=keep,
-            **{self._cache_keyword: self.cache},
-        )
+        with self.timer.passing():
+            output = self.module(
+                input_ids=inputs.token_ids,
+                position_ids=inputs.positions,
+                attention_mask=self._masks(inputs),
+                use_cache=True,
+                logits_to_keep=keep,
+                **{self._cache_keyword: self.cache},
+            )
         logits: Tensor = output.logits
         logits = logits[:, -keep:, : self.vocab_size]
         logits = logits if logits.dtype == torch.float64 else logits.float()
@@ -260,6 +263,7 @@ class ModelPair:
     tokenizer_file: Path
     description: str
     chat: ChatFormat = ChatFormat()
+    load_seconds: dict[str, float] = field(default_factory=dict)  # of the weights, by role
 
     @property
     def has_draft(self) -> bool:

@@ -12,13 +12,13 @@ from collections.abc import Iterator
 import structlog
 import uvicorn
 
-from server import __version__
 from server.app import create_app
 from server.config import ConfigError, ServerConfig, load_config
 from server.logs import configure_logging
-from server.metrics import Metrics
+from server.metrics_compat import make_metrics
 from server.pool import Launch, WorkerPool
 from server.protocol import http_config
+from server.routes.probes import create_metrics_app
 from server.supervisor import WorkerProcess
 
 EXIT_FAILED = 1
@@ -38,8 +38,14 @@ class HttpServer(uvicorn.Server):
 class Server:
     """One run of the server: HTTP, the pool, and what ends them."""
 
-    def __init__(self, config: ServerConfig, listener: socket.socket, launch: Launch) -> None:
-        app = create_app(config, WorkerPool(config, Metrics(__version__), launch))
+    def __init__(
+        self,
+        config: ServerConfig,
+        listener: socket.socket,
+        launch: Launch,
+        metrics_listener: socket.socket | None = None,
+    ) -> None:
+        app = create_app(config, WorkerPool(config, make_metrics(config), launch))
         self._config = config
         self._listener = listener
         self._pool: WorkerPool = app.state.pool
@@ -53,6 +59,12 @@ class Server:
                 ssl_keyfile=config.ssl_keyfile,
             )
         )
+        self._served = [(self._http, listener)]
+        if metrics_listener is not None:
+            settings = http_config(
+                create_metrics_app(self._pool), app.state.limits, app.state.request_log.record_unread
+            )
+            self._served.append((HttpServer(settings), metrics_listener))
         self._exit_code = 0
         self._draining: asyncio.Task[None] | None = None
 
@@ -62,7 +74,7 @@ class Server:
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._on_signal)
         watchers = [loop.create_task(self._announce()), loop.create_task(self._watch_fatal())]
-        await self._http.serve(sockets=[self._listener])
+        await asyncio.gather(*(http.serve(sockets=[listener]) for http, listener in self._served))
         for watcher in watchers:
             watcher.cancel()
         await asyncio.gather(*watchers, return_exceptions=True)
@@ -79,7 +91,11 @@ class Server:
 
     async def _drain(self) -> None:
         await self._pool.drain(self._config.shutdown_timeout)
-        self._http.should_exit = True
+        self._stop_serving()
+
+    def _stop_serving(self) -> None:
+        for http, _ in self._served:
+            http.should_exit = True
 
     async def _announce(self) -> None:
         model = await self._pool.wait_ready()
@@ -106,13 +122,20 @@ class Server:
         event = await self._pool.wait_fatal()
         sys.stderr.write(f"error: {event.message}\n")
         self._exit_code = event.exit_code
-        self._http.should_exit = True
+        self._stop_serving()
 
 
-def bind(config: ServerConfig) -> socket.socket:
-    """The listening socket, before any model is loaded; raises OSError."""
-    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-    listener = socket.create_server((config.host, config.port), family=family, backlog=2048)
+def bind(host: str, port: int, flag: str) -> socket.socket:
+    """The listening socket, before any model is loaded; raises ConfigError."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        listener = socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        reason = str(error.strerror).partition(" (")[0]
+        raise ConfigError(
+            f"{flag} {port} on --host {host} cannot be used ({reason}): "
+            "stop what listens there or choose another"
+        ) from error
     listener.setblocking(False)
     return listener
 
@@ -125,16 +148,15 @@ def main(launch: Launch = WorkerProcess) -> int:
         sys.stderr.write(f"error: {error}\n")
         return EXIT_USAGE
     configure_logging(sys.stdout)
+    metrics_listener = None
     try:
-        listener = bind(config)
-    except OSError as error:
-        reason = str(error.strerror).partition(" (")[0]
-        sys.stderr.write(
-            f"error: --port {config.port} on --host {config.host} cannot be used ({reason}): "
-            "stop what listens there or choose another\n"
-        )
+        listener = bind(config.host, config.port, "--port")
+        if config.metrics_port is not None:
+            metrics_listener = bind(config.host, config.metrics_port, "--metrics-port")
+    except ConfigError as error:
+        sys.stderr.write(f"error: {error}\n")
         return EXIT_FAILED
-    return asyncio.run(Server(config, listener, launch).run())
+    return asyncio.run(Server(config, listener, launch, metrics_listener).run())
 
 
 if __name__ == "__main__":

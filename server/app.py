@@ -20,7 +20,7 @@ from server.errors import (
 )
 from server.limits import HttpLimits
 from server.loop_lag import measured_lag
-from server.metrics import Metrics
+from server.metrics_compat import make_metrics
 from server.middleware import RequestMiddleware
 from server.openapi import document
 from server.pool import WorkerPool
@@ -35,7 +35,7 @@ def create_app(
 ) -> FastAPI:
     """The application; by default a pool is made, which lives as long as the app."""
     if pool is None:
-        pool = WorkerPool(config, Metrics(__version__))
+        pool = WorkerPool(config, make_metrics(config))
     app = FastAPI(
         title="MMTAD server",
         version=__version__,
@@ -50,6 +50,8 @@ def create_app(
     app.state.fingerprint = system_fingerprint(config)
     for routes in (completions, chat, models, tokens, probes, playground):
         app.include_router(routes.router)
+    if config.metrics_port is None:
+        app.include_router(probes.metrics_router)
     app.add_exception_handler(ApiError, handle_api_error)
     app.add_exception_handler(HTTPException, handle_http_exception)
     app.add_exception_handler(ClientGoneError, handle_client_gone)

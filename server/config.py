@@ -77,6 +77,12 @@ class ServerConfig(BaseSettings):
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63, description="Seed of requests without one.")
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535)
+    metrics_port: int | None = Field(
+        default=None, ge=1, le=65535, description="Serve /metrics on this port of --host instead."
+    )
+    metrics_compat: Literal["vllm", "dcgm", "vllm,dcgm", "none"] = Field(
+        default="vllm", description="Whose names /metrics shows beside its own."
+    )
     root_path: str = Field(default="", pattern=r"^(/[^/?#]+)*$", description="Where a proxy mounts it.")
     ssl_certfile: Path | None = Field(default=None, description="PEM certificate chain: serves HTTPS.")
     ssl_keyfile: Path | None = Field(default=None, description="PEM private key of the certificate.")

@@ -55,6 +55,7 @@ class EnergyMeter:
         self._raw: Counter[str] = Counter()
         self._idle: Counter[str] = Counter()
         self._attributed: Counter[tuple[str, str]] = Counter()
+        self._measured = 0  # nanoseconds
         self._last = self._read()
 
     def open(self, command_id: str, method: str) -> None:
@@ -103,17 +104,21 @@ class EnergyMeter:
             return
         for device, total in reading.items():
             self._divide(device, total - before[device], shares, interval)
+        self._measured += interval
 
     def take(self) -> EnergyEvent:
         """What was counted since the last call, and whether the source can be read."""
         event = EnergyEvent(
+            source=self.source.name,
             available=self._last is not None,
+            seconds=self._measured / 1e9,
             raw=dict(self._raw),
             idle=dict(self._idle),
             attributed=[(method, phase, used) for (method, phase), used in self._attributed.items()],
         )
         for counter in (self._raw, self._idle, self._attributed):
             counter.clear()
+        self._measured = 0
         return event
 
     def _divide(self, device: str, raw: int, shares: Counter[_Share], interval: int) -> None:

@@ -3,7 +3,8 @@
 import queue
 import time
 from collections.abc import Iterable
-from typing import Protocol
+from collections.abc import Sequence as Series
+from typing import TYPE_CHECKING, Protocol
 
 import structlog
 
@@ -16,10 +17,14 @@ from server.messages import (
     Command,
     FailedEvent,
     FinishCommand,
+    ForwardStats,
     GenerateCommand,
     StepStatsEvent,
     StopCommand,
 )
+
+if TYPE_CHECKING:
+    from decoding import ForwardTime
 
 log = structlog.get_logger("server.worker")
 
@@ -29,6 +34,8 @@ class StepStatsLike(Protocol):
 
     @property
     def method(self) -> str | None: ...
+    @property
+    def preset(self) -> str | None: ...
     @property
     def num_sequences(self) -> int: ...
     @property
@@ -43,6 +50,10 @@ class StepStatsLike(Protocol):
     def prefill_id(self) -> str | None: ...
     @property
     def decode_ids(self) -> tuple[str, ...]: ...
+    @property
+    def cached_prompt_tokens(self) -> int: ...
+    @property
+    def forward_times(self) -> "Series[ForwardTime]": ...
 
 
 class EngineLike(Protocol):
@@ -263,6 +274,7 @@ class WorkerLoop:
         self._outbox.put(
             StepStatsEvent(
                 method=last.method if last else None,
+                preset=last.preset if last else None,
                 num_sequences=last.num_sequences if last else 0,
                 num_tree_nodes=last.num_tree_nodes if last else 0,
                 prefill_tokens=last.prefill_tokens if last else 0,
@@ -272,5 +284,11 @@ class WorkerLoop:
                 num_waiting=self._engine.num_waiting,
                 cache_usage=self._engine.cache_usage(),
                 draft_enabled=self._engine.draft_enabled,
+                cached_prompt_tokens=last.cached_prompt_tokens if last else 0,
+                forward=_forward_stats(last.forward_times) if last else [],
             )
         )
+
+
+def _forward_stats(times: "Series[ForwardTime]") -> list[ForwardStats]:
+    return [ForwardStats(each.role, each.phase, each.method, each.num_passes, each.seconds) for each in times]

@@ -93,6 +93,7 @@ class LoadingEvent(Message, frozen=True, kw_only=True):
 class ReadyEvent(Message, frozen=True, kw_only=True):
     """What the API process must know of the loaded pair.
 
+    `load_seconds` are the whole pair's, `role_load_seconds` those of each model's weights.
     `chat_template` is the target's own, as text, and `special_tokens` are the names it may use.
     `energy_source` is None where no energy is measured.
     """
@@ -107,6 +108,7 @@ class ReadyEvent(Message, frozen=True, kw_only=True):
     device: str
     memory_bytes: int
     load_seconds: float
+    role_load_seconds: dict[str, float] = {}
     chat_template: str | None = None
     special_tokens: dict[str, str] = {}
     energy_source: str | None = None
@@ -190,10 +192,21 @@ class FailedEvent(Message, frozen=True, kw_only=True):
     message: str
 
 
+class ForwardStats(msgspec.Struct, frozen=True, array_like=True):
+    """Passes of one model in one phase of a step, in the device's seconds."""
+
+    role: str
+    phase: str
+    method: str
+    num_passes: int
+    seconds: float
+
+
 class StepStatsEvent(Message, frozen=True, kw_only=True):
     """One engine step, or with `method` None the state after commands without a step."""
 
     method: str | None
+    preset: str | None = None
     num_sequences: int
     num_tree_nodes: int
     prefill_tokens: int
@@ -203,14 +216,19 @@ class StepStatsEvent(Message, frozen=True, kw_only=True):
     num_waiting: int
     cache_usage: dict[str, float]
     draft_enabled: bool = True
+    cached_prompt_tokens: int = 0
+    forward: list[ForwardStats] = []
 
 
 class EnergyEvent(Message, frozen=True, kw_only=True):
     """Microjoules counted since the last such event: `raw` and `idle` by device, what is left of it
-    `attributed` by method and phase. `available` is false while the source cannot be read.
+    `attributed` by method and phase; `seconds` is the time it took. `available` is false while the
+    source cannot be read.
     """
 
+    source: str
     available: bool
+    seconds: float
     raw: dict[str, int]
     idle: dict[str, int]
     attributed: list[tuple[str, str, int]]

@@ -14,6 +14,7 @@ from collections.abc import Iterable
 import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 from prometheus_client.exposition import generate_latest
+from prometheus_client.registry import Collector
 
 from server.messages import EnergyEvent, GenerationStats, ReadyEvent, StepStatsEvent
 
@@ -32,6 +33,8 @@ NODE_BUCKETS = (1, 2, 4, 8, 16, 32, 64)
 # A small model's token on a CPU up to a long answer of a large one on several GPUs, in joules.
 ENERGY_BUCKETS = tuple(factor * 10.0**power for power in range(-3, 5) for factor in (1, 2, 5))
 LENGTH_BUCKETS = tuple(range(17))
+MAX_PRESETS = 32  # with names of their own; clients choose depth and width
+OTHER = "other"
 LOWEST_LOG_PROB = -9999.0  # what -inf is written as, so that no sum is lost to it
 LOG_PROB_BUCKETS = (-10.0, -5.0, -3.0, -2.0, -1.5, -1.0, -0.75, -0.5, -0.25, -0.1, 0.0)
 
@@ -48,6 +51,9 @@ class Metrics:
     def __init__(self, version: str) -> None:
         prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
+        self.views: list[Collector] = []  # the same numbers under other names, after our own
+        self.watts: dict[str, float] = {}  # by device, over its last reading
+        self._presets: set[str] = set()
         self._define_requests()
         self._define_latencies()
         self._define_decoding()
@@ -58,7 +64,7 @@ class Metrics:
         )
 
     def exposition(self) -> bytes:
-        return generate_latest(self.registry)
+        return b"".join(generate_latest(each) for each in (self.registry, *self.views))
 
     def _gauge(self, name: str, text: str, labels: Iterable[str]) -> Gauge:
         return Gauge(name, text, labels, namespace=NAMESPACE, registry=self.registry)
@@ -140,6 +146,15 @@ class Metrics:
         self.step_tree_nodes = self._histogram(
             "step_tree_nodes", "Nodes per sequence of a step's tree.", NODE_BUCKETS
         )
+        self.preset_steps = self._counter(
+            "preset_steps", "Engine steps by method, depth and width of the decoded group.", ("preset",)
+        )
+        by_pass = (*by_method, "role", "phase")
+        self.forward_seconds = self._counter("forward_seconds", "Device seconds of model passes.", by_pass)
+        self.forward_passes = self._counter("forward_passes", "Model passes.", by_pass)
+        self.cached_prompt_tokens = self._counter(
+            "prefix_cache_hit_tokens", "Prompt tokens that a cache held when they were admitted.", ("model",)
+        )
         self.log_prob_per_token = self._histogram(
             "target_logprob_per_token",
             "Mean target log-probability of a prompt's delivered tokens, in nats.",
@@ -155,13 +170,13 @@ class Metrics:
             "energy_available", "1 while the worker's energy counters can be read.", ("worker",)
         )
         self.energy = self._counter(
-            "energy_joules", "Energy that the counters of a device showed.", ("device",)
+            "energy_joules", "Energy that the counters of a device showed.", ("device", "source")
         )
         self.idle_energy = self._counter(
             "idle_energy_joules", "The part of it in which no request was worked for.", ("device",)
         )
         self.request_energy = self._counter(
-            "request_energy_joules", "The rest, by the requests it went to.", ("method", "phase")
+            "request_energy_joules", "The rest, by the requests it went to.", ("model", "method", "phase")
         )
         self.energy_per_request = self._histogram(
             "energy_per_request_joules", "Energy of one prompt with all its choices.", ENERGY_BUCKETS
@@ -174,29 +189,50 @@ class Metrics:
         self.worker_up = self._gauge("worker_up", "1 when the worker is ready.", ("worker",))
         self.worker_restarts = self._counter("worker_restarts", "Workers lost and replaced.", ("worker",))
         self.draft_enabled = self._gauge("draft_enabled", "1 while the worker uses its draft.", ("worker",))
-        self.load_seconds = self._gauge("model_load_seconds", "Seconds the pair took to load.", ("worker",))
+        self.load_seconds = self._gauge(
+            "model_load_seconds", "Seconds the model's weights took to load.", ("worker", "role")
+        )
 
     def record_ready(self, event: ReadyEvent, worker: str) -> None:
         self.worker_up.labels(worker).set(1)
-        self.load_seconds.labels(worker).set(event.load_seconds)
+        self.draft_enabled.labels(worker).set(event.has_draft)
         self.energy_available.labels(worker).set(event.energy_source is not None)
+        for role, seconds in event.role_load_seconds.items():
+            self.load_seconds.labels(worker, role).set(seconds)
 
-    def record_step(self, event: StepStatsEvent, worker: str) -> None:
+    def record_step(self, event: StepStatsEvent, worker: str, model: str) -> None:
+        """`model` is the target's id: a step may serve several names of one pair."""
         self.draft_enabled.labels(worker).set(event.draft_enabled)
         for role, share in event.cache_usage.items():
             self.cache_usage.labels(worker, role).set(share)
+        for forward in event.forward:
+            labels = (model, forward.method, forward.role, forward.phase)
+            self.forward_seconds.labels(*labels).inc(forward.seconds)
+            self.forward_passes.labels(*labels).inc(forward.num_passes)
+        self.cached_prompt_tokens.labels(model).inc(event.cached_prompt_tokens)
         if event.method is not None:
             self.step_sequences.labels(event.method).observe(event.num_sequences)
             if event.num_tree_nodes:
                 self.step_tree_nodes.labels(event.method).observe(event.num_tree_nodes)
+        if event.preset is not None:
+            self.preset_steps.labels(self._preset_label(event.preset)).inc()
 
-    def record_energy(self, event: EnergyEvent, worker: str) -> None:
+    def _preset_label(self, preset: str) -> str:
+        if len(self._presets) < MAX_PRESETS:
+            self._presets.add(preset)
+        return preset if preset in self._presets else OTHER
+
+    def record_energy(self, event: EnergyEvent, worker: str, model: str) -> None:
+        """`model` is the target's id, as of steps."""
         self.energy_available.labels(worker).set(event.available)
-        for counter, microjoules in ((self.energy, event.raw), (self.idle_energy, event.idle)):
-            for device, used in microjoules.items():
-                counter.labels(device).inc(used / 1e6)
+        for device, used in event.raw.items():
+            self.energy.labels(device, event.source).inc(used / 1e6)
+            if event.seconds > 0:
+                self.watts[device] = used / 1e6 / event.seconds
+        for device, used in event.idle.items():
+            self.idle_energy.labels(device).inc(used / 1e6)
         for method, phase, used in event.attributed:
-            self.request_energy.labels(method, phase).inc(used / 1e6)
+            self.request_energy.labels(model, method, phase).inc(used / 1e6)
 
     def record_end(self, stats: GenerationStats, reason: str, model: str, method: str) -> None:
         """One prompt ended; `reason` is the most notable of its choices' finish reasons."""

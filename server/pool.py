@@ -229,7 +229,7 @@ class WorkerPool:
         elif isinstance(event, StepStatsEvent):
             self._on_stats(worker, event)
         elif isinstance(event, EnergyEvent):
-            self.metrics.record_energy(event, worker.name)
+            self.metrics.record_energy(event, worker.name, self._config.target_id)
         elif isinstance(event, FinishedEvent):
             self._open_commands.on_finished(event)
         elif isinstance(event, FailedEvent):
@@ -282,7 +282,7 @@ class WorkerPool:
 
     def _on_stats(self, worker: WorkerState, event: StepStatsEvent) -> None:
         worker.note_step(event, time.monotonic())
-        self.metrics.record_step(event, worker.name)
+        self.metrics.record_step(event, worker.name, self._config.target_id)
         self._record_rows()
 
     def _record_rows(self) -> None:

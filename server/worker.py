@@ -90,6 +90,7 @@ def describe(pair: "ModelPair", load_seconds: float, source: EnergySource | None
         device=str(pair.device),
         memory_bytes=pair.memory_bytes,
         load_seconds=load_seconds,
+        role_load_seconds=pair.load_seconds,
         chat_template=pair.chat.template,
         special_tokens=dict(pair.chat.special_tokens),
         energy_source=None if source is None else source.name,

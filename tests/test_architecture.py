@@ -15,7 +15,7 @@ FILES = sorted(
 DECODING_MAY_IMPORT = {"decoding", "torch", "transformers", *sys.stdlib_module_names}
 HOST_COPIES = {"item", "tolist", "cpu", "numpy"}
 ONLY_IN = {
-    "prometheus_client": {"server/metrics.py"},
+    "prometheus_client": {"server/metrics.py", "server/metrics_compat.py"},
     "zeus": {"server/energy_source.py"},
     "safetensors": {"decoding/embedded.py", "decoding/loading.py"},
     "pickle": set(),

@@ -1,6 +1,6 @@
 """Probes and scrapes; none of them touches the engine."""
 
-from fastapi import APIRouter
+from fastapi import APIRouter, FastAPI
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -11,6 +11,7 @@ from server.pool import WorkerPool
 from server.response_schemas import Status, Version
 
 router = APIRouter(tags=["probes"])
+metrics_router = APIRouter(tags=["probes"])
 
 
 @router.get("/health")
@@ -33,7 +34,15 @@ async def version() -> Version:
     return Version(version=__version__)
 
 
-@router.get("/metrics", response_class=Response)
+@metrics_router.get("/metrics", response_class=Response)
 async def metrics(request: Request) -> Response:
     pool: WorkerPool = request.app.state.pool
     return Response(pool.metrics.exposition(), media_type=CONTENT_TYPE)
+
+
+def create_metrics_app(pool: WorkerPool) -> FastAPI:
+    """An application with nothing but /metrics, for a port of its own."""
+    app = FastAPI(openapi_url=None)
+    app.state.pool = pool
+    app.include_router(metrics_router)
+    return app

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from decoding import FinishReason, Sequence, SequenceOutput
 from decoding.sequence import TokenLogProb, TopLogProbs
+from decoding.statistics import ForwardTime
 from server.link import Outbox
 from server.loop import WorkerLoop
 from server.messages import (
@@ -79,6 +80,7 @@ class DeviceLostError(Exception):
 @dataclass(frozen=True)
 class FakeStats:
     method: str | None = None
+    preset: str | None = None
     num_sequences: int = 0
     num_tree_nodes: int = 0
     prefill_tokens: int = 0
@@ -86,6 +88,8 @@ class FakeStats:
     decode_seconds: float = 0.0
     prefill_id: str | None = None
     decode_ids: tuple[str, ...] = ()
+    cached_prompt_tokens: int = 0
+    forward_times: tuple[ForwardTime, ...] = ()
 
 
 @dataclass
@@ -158,11 +162,15 @@ class ScriptedEngine:
             self._running.append(self._waiting.popleft())
         rows = list(self._running)
         outputs = [self._advance(sequence) for sequence in rows]
+        method = rows[0].config.method
+        ids = tuple(each.id for each in rows)
         self.last_step = FakeStats(
-            rows[0].config.method,
+            method,
+            rows[0].config.preset.name,
             len(rows),
             num_tree_nodes=4,
-            decode_ids=tuple(each.id for each in rows),
+            decode_ids=ids,
+            forward_times=(ForwardTime("target", "decode", method, 1, 0.001, ids),),
         )
         return outputs
 
@@ -225,6 +233,7 @@ def ready_event(tokenizer_file: str, *, has_draft: bool = True, context: int = C
         device="cpu",
         memory_bytes=1,
         load_seconds=0.25,
+        role_load_seconds={"target": 0.2, "draft": 0.05} if has_draft else {"target": 0.2},
         chat_template=CHAT_TEMPLATE,
         special_tokens={"bos_token": "<s>", "eos_token": "</s>"},
     )
