@@ -52,7 +52,7 @@ async def measure(arguments: argparse.Namespace, url: str) -> dict[str, Any]:
         fields |= {"ignore_eos": True} if arguments.ignore_eos else {}
         fields |= {"speculative": arguments.speculative} if arguments.speculative else {}
         clock = CpuClock.of(url)
-        described = conditions(arguments, url, model, clock)
+        described = {**conditions(arguments, url, model, clock), "complete": False}
         prompts = [each.prompt for each in load_prompts(arguments.workload, seed=arguments.seed)]
         shown = (
             TextColumn("{task.description}"),
@@ -65,7 +65,12 @@ async def measure(arguments: argparse.Namespace, url: str) -> dict[str, Any]:
             bar = progress.add_task("warm-up", total=total_requests(arguments, len(methods)), tokens=0)
             test = LoadTest(Endpoint(http, fields), methods, prompts, arguments, clock, progress, bar)
             await test.warm_up()
-            await test.run()
+            # Ctrl+C: what was measured by then is still told.
+            with contextlib.suppress(asyncio.CancelledError):
+                await test.run()
+                described["complete"] = True
+    if not test.runs:
+        raise ValueError("interrupted before anything was measured")
     objective = Objective(arguments.slo_ttft, arguments.slo_tpot)
     return {
         "program": "benchmarks.serve",

@@ -101,7 +101,7 @@ export class Column {
     figures.speed.textContent = format(metrics.tokens_per_second, 1);
     figures.length.textContent = steps ? format(steps.mean_acceptance_length, 2) : "no draft";
     figures.quality.textContent = format(metrics.target_logprob_mean, 2);
-    figures.energy.textContent = energy ? format(energy.joules_per_output_token, 3) : "not measured";
+    figures.energy.textContent = significant(energy?.joules_per_output_token);
     this.#parts.applied.textContent = describe(metrics.speculative);
     this.state = `${this.#count} tokens, ${reason === "length" ? "at the limit" : "complete"}`;
   }
@@ -112,6 +112,11 @@ function describe(applied) {
     .filter(([name, value]) => name in APPLIED && value !== null)
     .map(([name, value]) => `${APPLIED[name]} ${value}`)
     .join(" · ");
+}
+
+/** Joules span decades: fixed digits would show small ones as 0. */
+function significant(value) {
+  return value === null || value === undefined ? "not measured" : String(Number(value.toPrecision(3)));
 }
 
 function format(value, digits) {

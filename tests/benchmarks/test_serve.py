@@ -1,6 +1,8 @@
 """The load test as a program: this server started for it, another server, and refusals."""
 
 import json
+import os
+import signal
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -20,6 +22,7 @@ class OtherServer(BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     bodies: list[dict[str, Any]]
+    interrupt_at: int | None
 
     def do_GET(self) -> None:
         self._answer("application/json", json.dumps({"data": [{"id": "other"}]}))
@@ -27,6 +30,8 @@ class OtherServer(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
         self.bodies.append(body)
+        if len(self.bodies) == self.interrupt_at:
+            os.kill(os.getpid(), signal.SIGINT)
         chunks = [{"choices": [{"text": "five"}]}] * 2 + [{"choices": [], "usage": {"completion_tokens": 10}}]
         events = [f"data: {json.dumps(chunk)}\n\n" for chunk in chunks]
         self._answer("text/event-stream", "".join([*events, "data: [DONE]\n\n"]))
@@ -44,7 +49,7 @@ class OtherServer(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def other() -> Iterator[str]:
-    OtherServer.bodies = []
+    OtherServer.bodies, OtherServer.interrupt_at = [], None
     with ThreadingHTTPServer(("127.0.0.1", 0), OtherServer) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
@@ -78,6 +83,7 @@ def test_this_server_under_every_method(
         "8",
     ]
     arguments += ["--report", str(report), "--json", str(saved), "--server-flags", "--model", str(pair[0])]
+    arguments += ["--energy-source", "none"]
     arguments += ["--speculative-config.model", str(pair[1])]
     result = program(capsys, monkeypatch, *arguments)
     points = {(each["method"], each["mode"], each.get("concurrency")): each for each in result["points"]}
@@ -101,12 +107,24 @@ def test_another_server_is_asked_for_no_method(
     other: str, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = ["--url", other, "--concurrency", "2", "--rates", "--requests", "6", "--repeats", "2"]
-    (point,) = program(capsys, monkeypatch, *arguments)["points"]
+    result = program(capsys, monkeypatch, *arguments)
+    (point,) = result["points"]
     assert point["method"] == "server"
+    assert result["conditions"]["complete"]
     assert point["tokens"] == 2 * 6 * 10
     assert len(OtherServer.bodies) == serve.DISCARDED + 2 * 6
     assert not any("speculative" in body for body in OtherServer.bodies)
     assert {body["model"] for body in OtherServer.bodies} == {"other"}
+
+
+def test_an_interrupt_keeps_what_was_measured(
+    other: str, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    OtherServer.interrupt_at = serve.DISCARDED + 6 + 3  # in the second point
+    arguments = ["--url", other, "--concurrency", "1", "2", "--rates", "--requests", "6"]
+    result = program(capsys, monkeypatch, *arguments)
+    assert [point["concurrency"] for point in result["points"]] == [1]
+    assert not result["conditions"]["complete"]
 
 
 def test_a_server_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:

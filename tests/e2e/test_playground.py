@@ -1,5 +1,6 @@
 """The page at `/` in a real Chromium: by keyboard, on a phone, in the dark, and when something goes wrong."""
 
+import json
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -30,7 +31,7 @@ def browser() -> Iterator[Browser]:
 @pytest.fixture(scope="module")
 def locked(browser: Browser, start: Start) -> Iterator[RunningServer]:
     """A server that asks for a key; not started where there is no browser."""
-    with start("--api-key", KEY) as running:
+    with start("--api-key", KEY, "--energy-source", "none") as running:
         yield running
 
 
@@ -191,6 +192,18 @@ def test_a_broken_stream_is_no_answer(page: Page) -> None:
     page.get_by_role("button", name="Run").click()
     finished(page)
     expect(page.locator(".column .error").first).to_contain_text("cannot be reached")
+
+
+def test_joules_are_shown_as_measured(page: Page) -> None:
+    report = {"tokens_per_second": None, "speculative_decoding": None, "target_logprob_mean": -1.5}
+    report |= {"energy": {"joules_per_output_token": 0.0004217}, "speculative": {"method": "target"}}
+    body = f"data: {json.dumps({'choices': [], 'metrics': report})}\n\ndata: [DONE]\n\n"
+    page.route(
+        "**/v1/chat/completions", lambda route: route.fulfill(content_type="text/event-stream", body=body)
+    )
+    page.get_by_role("button", name="Run").click()
+    finished(page)
+    assert figures(page, 0) == ["not measured", "no draft", "−1.50", "0.000422"]
 
 
 def test_on_a_phone_nothing_is_wider_than_the_screen(browser: Browser, locked: RunningServer) -> None:
