@@ -11,7 +11,7 @@ COPY LICENSE README.md constraints.txt pyproject.toml ./
 COPY scripts/install scripts/install
 COPY decoding/__init__.py decoding/
 COPY server/__init__.py server/
-RUN scripts/install
+RUN scripts/install --energy
 COPY models/SmolLM2-135M-Instruct-draft models/SmolLM2-135M-Instruct-draft
 COPY decoding decoding
 # The embedded pair becomes checkpoints under HOME.

@@ -211,7 +211,7 @@ def _gpu(device: str) -> EnergySource:
 
         gpus = get_gpus()
     except ImportError as error:
-        raise EnergySourceError("zeus is not installed: pip install 'mmtad-server[energy]'") from error
+        raise EnergySourceError("zeus is not installed: run scripts/install --energy") from error
     except Exception as error:  # its errors for a missing driver or library have no common base
         raise EnergySourceError(f"zeus finds no GPU: {error}") from error
     return GpuSource(gpus, int(device.partition(":")[2] or 0))
