@@ -1,9 +1,10 @@
-"""How late a server's event loop runs while streams and broken requests arrive together.
+"""How late a server's event loop runs, and how long /metrics takes, while streams and broken requests arrive.
 
     python -m benchmarks.loop_lag --url http://127.0.0.1:8000 --seconds 60
 
 Prints one JSON object: percentiles of `mmtad_event_loop_lag_seconds` over the run, each the upper bound of
-the histogram's bucket in which it lies, and what the requests were answered.
+the histogram's bucket in which it lies, how long scrapes of /metrics took, and what the requests were
+answered.
 """
 
 import argparse
@@ -11,7 +12,9 @@ import asyncio
 import collections
 import itertools
 import json
+import math
 import random
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +24,7 @@ from prometheus_client.parser import text_string_to_metric_families
 METRIC = "mmtad_event_loop_lag_seconds"
 NUM_STREAMS = 32
 PER_KIND = 2  # clients of each kind of broken request
+SCRAPE_PAUSE_SECONDS = 0.05
 MEBIBYTE = 2**20
 
 Bodies = Callable[[random.Random, str], bytes]
@@ -68,6 +72,7 @@ class Load:
 
     def __init__(self, client: httpx.AsyncClient, model: str) -> None:
         self.answers: collections.Counter[str] = collections.Counter()
+        self.scrapes: list[float] = []  # seconds
         self._client = client
         self._model = model
 
@@ -83,6 +88,14 @@ class Load:
         rng = random.Random(seed)
         while True:
             await self._send(name, bodies(rng, self._model))
+
+    async def scrape(self) -> None:
+        """As Prometheus does, but more often."""
+        while True:
+            started = time.perf_counter()
+            (await self._client.get("/metrics")).raise_for_status()
+            self.scrapes.append(time.perf_counter() - started)
+            await asyncio.sleep(SCRAPE_PAUSE_SECONDS)
 
     async def _send(self, name: str, body: bytes) -> None:
         headers = {"content-type": "application/json"}
@@ -114,6 +127,11 @@ def percentile(buckets: dict[float, float], share: float) -> float:
     return min(bound for bound, count in buckets.items() if count >= share * total)
 
 
+def quantile(values: list[float], share: float) -> float:
+    """The smallest value that this share of them does not exceed."""
+    return sorted(values)[math.ceil(share * len(values)) - 1]
+
+
 async def measure(url: str, seconds: float) -> dict[str, Any]:
     """The lag of the server at `url` under load for `seconds`."""
     limits = httpx.Limits(max_connections=None)
@@ -121,7 +139,7 @@ async def measure(url: str, seconds: float) -> dict[str, Any]:
         model = (await client.get("/v1/models")).json()["data"][0]["id"]
         load = Load(client, model)
         before = await lag_buckets(client)
-        work = [load.stream(number) for number in range(NUM_STREAMS)]
+        work = [load.scrape(), *(load.stream(number) for number in range(NUM_STREAMS))]
         for seed, bodies in enumerate([malformed, mutated, huge] * PER_KIND):
             work.append(load.break_in(bodies.__name__, bodies, seed))
         tasks = [asyncio.ensure_future(each) for each in work]
@@ -139,6 +157,9 @@ async def measure(url: str, seconds: float) -> dict[str, Any]:
         "p50_seconds": percentile(during, 0.5),
         "p99_seconds": percentile(during, 0.99),
         "max_seconds": percentile(during, 1.0),
+        "scrapes": len(load.scrapes),
+        "scrape_p50_seconds": round(quantile(load.scrapes, 0.5), 4),
+        "scrape_p99_seconds": round(quantile(load.scrapes, 0.99), 4),
         "answers": dict(sorted(load.answers.items())),
     }
 

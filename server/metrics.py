@@ -31,7 +31,7 @@ REQUEST_BUCKETS = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 60.0, 120.0,
 SEQUENCE_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128)
 NODE_BUCKETS = (1, 2, 4, 8, 16, 32, 64)
 # A small model's token on a CPU up to a long answer of a large one on several GPUs, in joules.
-ENERGY_BUCKETS = tuple(factor * 10.0**power for power in range(-3, 5) for factor in (1, 2, 5))
+ENERGY_BUCKETS = tuple(factor * 10.0**power for power in range(-3, 5) for factor in (1, 3))
 LENGTH_BUCKETS = tuple(range(17))
 MAX_PRESETS = 32  # with names of their own; clients choose depth and width
 OTHER = "other"
@@ -195,7 +195,6 @@ class Metrics:
 
     def record_ready(self, event: ReadyEvent, worker: str) -> None:
         self.worker_up.labels(worker).set(1)
-        self.draft_enabled.labels(worker).set(event.has_draft)
         self.energy_available.labels(worker).set(event.energy_source is not None)
         for role, seconds in event.role_load_seconds.items():
             self.load_seconds.labels(worker, role).set(seconds)

@@ -90,6 +90,7 @@ class WorkerPool:
         )
         self._placement.workers.append(worker)
         self.metrics.worker_up.labels(worker.name).set(0)
+        self.metrics.worker_restarts.labels(worker.name)  # from zero on, or the first death is no increase
         worker.transport.start()
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:

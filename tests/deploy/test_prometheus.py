@@ -90,3 +90,11 @@ def test_the_methods_can_be_chosen(prometheus: Prometheus) -> None:
         return {each["method"] for each in series}
 
     until(lambda: methods() == set(METHODS), 60)
+
+
+def test_the_rules_are_healthy_and_recorded(prometheus: Prometheus) -> None:
+    recorded = [rule["name"] for rule in prometheus.rules() if rule["type"] == "recording"]
+    assert len(recorded) >= 6
+    for name in recorded:
+        until(lambda name=name: bool(prometheus.values(name)), 60)
+    assert {rule["health"] for rule in prometheus.rules()} == {"ok"}

@@ -89,6 +89,7 @@ def use_everything(metrics: Metrics) -> None:
             histogram.labels(method).observe(0.1)
     metrics.record_energy(energy_event(**{"cpu:0": 2_000_000, "dram:0": 500_000}), "0", "tiny")
     metrics.loop_lag_seconds.observe(0.01)
+    metrics.worker_restarts.labels("0").inc()
     for number in range(100):
         metrics.record_step(step_event(preset=f"mmtad-{number}x1"), "0", "tiny")
     for route, status in itertools.product(range(ROUTES), STATUSES):
