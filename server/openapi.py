@@ -47,6 +47,9 @@ WITH_BODY = (404, 408, 413, 415, 503)
 WITHOUT_BODY = {"/v1/models/{model_id}": (404,), "/ready": (503,)}
 NOT_SERVED = "Known, and not served: only what asks for nothing is taken."
 
+# A stream as its reader sees it, event by event.
+EVENT: dict[str, Any] = {"type": "object", "required": ["data"], "properties": {"data": {"type": "string"}}}
+
 
 def document(app: FastAPI, config: ServerConfig) -> None:
     """Let `app.openapi` describe bodies, answers, errors and keys as this server has them."""
@@ -81,7 +84,7 @@ def _complete_operation(path: str, operation: dict[str, Any], config: ServerConf
         stream = f"Events `data: {chunk.__name__}`, then `data: [DONE]`; comment lines begin with a colon."
         answers["200"]["content"] = {
             "application/json": {"schema": _ref(whole)},
-            "text/event-stream": {"schema": {"type": "string", "description": stream}},
+            "text/event-stream": {"schema": EVENT | {"description": stream}},
         }
     elif path in WRITTEN:
         answers["200"]["content"] = {"application/json": {"schema": _ref(WRITTEN[path])}}

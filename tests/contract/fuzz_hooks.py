@@ -37,16 +37,15 @@ def check_openai_error(content: bytes) -> None:
 
 
 @schemathesis.hook
-def map_body(ctx: schemathesis.HookContext, body: Any) -> Any:
+def before_call(ctx: schemathesis.HookContext, case: schemathesis.Case, kwargs: dict[str, Any]) -> None:
     """Asks for the model that is there, and for no more of it than a test has time for."""
+    body = case.body
     if not isinstance(body, dict):
-        return body
+        return
     if isinstance(body.get("model"), str) and 1 <= len(body["model"]) <= MOST_CHARACTERS:
         body["model"] = "tiny"
-    is_chat = ctx.operation is not None and ctx.operation.path == "/v1/chat/completions"
-    if is_chat and all(body.get(name) is None for name in LIMITS):
+    if case.path == "/v1/chat/completions" and all(body.get(name) is None for name in LIMITS):
         body["max_tokens"] = 8  # else the answer may fill the context
     for name, (most, bound) in SMALL.items():
         if isinstance(body.get(name), int) and most < body[name] <= bound:
             body[name] = most
-    return body

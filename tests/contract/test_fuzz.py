@@ -2,19 +2,62 @@
 
 import asyncio
 import json
+import os
 import random
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
 from tests.contract.fuzz_hooks import check_openai_error
-from tests.e2e.conftest import RunningServer
+from tests.e2e.conftest import ROOT, RunningServer
 
 pytestmark = pytest.mark.slow
 
+FOLDER = Path(__file__).parent
+SECONDS = 1500.0
 SEED = 20
+
+
+def fuzz(server: RunningServer, report: Path, num_examples: int) -> subprocess.CompletedProcess[str]:
+    """schemathesis over the server's own document: all phases, valid and invalid data, NUL too."""
+    program = Path(sys.executable).with_name("schemathesis")
+    command = [str(program), "--config-file", str(FOLDER / "schemathesis.toml"), "run"]
+    command += [f"{server.url}/openapi.json", "--max-examples", str(num_examples), "--seed", str(SEED)]
+    command += ["--phases", "examples,coverage,fuzzing,stateful", "--mode", "all", "--continue-on-failure"]
+    command += ["--report", "ndjson", "--report-ndjson-path", str(report)]
+    environment = os.environ | {"SCHEMATHESIS_HOOKS": "tests.contract.fuzz_hooks", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        command,
+        cwd=report.parent,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        check=False,
+    )
+
+
+def statuses_of(event: dict[str, Any]) -> list[int]:
+    """Of every exchange that one event of the report tells of."""
+    recorder = event.get("ScenarioFinished", {}).get("recorder", {})
+    return [each["response"]["status_code"] for each in recorder.get("interactions", {}).values()]
+
+
+def test_schemathesis(server: RunningServer, tmp_path: Path, long: bool) -> None:
+    report = tmp_path / "report.ndjson"
+    run = fuzz(server, report, 150 if long else 2)
+    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
+    statuses = [
+        status for line in report.read_text().splitlines() for status in statuses_of(json.loads(line))
+    ]
+    assert len(statuses) >= (5000 if long else 500)
+    assert max(statuses) < 500
+    assert {200, 400} <= set(statuses)
 
 
 STREAM = {"stream": True, "stream_options": {"include_usage": True}}
