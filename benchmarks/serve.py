@@ -15,6 +15,7 @@ import contextlib
 import json
 import os
 import platform
+import signal
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
@@ -65,10 +66,12 @@ async def measure(arguments: argparse.Namespace, url: str) -> dict[str, Any]:
             bar = progress.add_task("warm-up", total=total_requests(arguments, len(methods)), tokens=0)
             test = LoadTest(Endpoint(http, fields), methods, prompts, arguments, clock, progress, bar)
             await test.warm_up()
-            # Ctrl+C: what was measured by then is still told.
-            with contextlib.suppress(asyncio.CancelledError):
+            try:
                 await test.run()
                 described["complete"] = True
+            except asyncio.CancelledError:
+                # Ctrl+C: what was measured by then is still told, whatever else is pressed.
+                signal.signal(signal.SIGINT, signal.SIG_IGN)
     if not test.runs:
         raise ValueError("interrupted before anything was measured")
     objective = Objective(arguments.slo_ttft, arguments.slo_tpot)

@@ -122,7 +122,11 @@ def test_an_interrupt_keeps_what_was_measured(
 ) -> None:
     OtherServer.interrupt_at = serve.DISCARDED + 6 + 3  # in the second point
     arguments = ["--url", other, "--concurrency", "1", "2", "--rates", "--requests", "6"]
-    result = program(capsys, monkeypatch, *arguments)
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        result = program(capsys, monkeypatch, *arguments)
+    finally:
+        signal.signal(signal.SIGINT, handler)
     assert [point["concurrency"] for point in result["points"]] == [1]
     assert not result["conditions"]["complete"]
 
