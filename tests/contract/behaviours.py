@@ -210,21 +210,24 @@ def loading_and_draining(world: World) -> None:
 
 
 def lost_worker(world: World) -> None:
-    """Row 54: under one request without a byte of its answer, and one whose stream has begun."""
+    """Row 54: a stream that has begun is told; a request without a byte is retried once, then told."""
     server = world.server
     (worker,) = server.workers()
-    with server.client() as client, stream(client, LONG) as lines:
+    with server.client() as client, stream(client, LONG) as lines, connect(server) as connection:
         os.kill(worker, signal.SIGSTOP)
-        with connect(server) as connection:
-            connection.sendall(complete_post({}))
-            until(lambda: server.metric("mmtad_requests_waiting") == 0)
-            os.kill(worker, signal.SIGKILL)
-            rest = [line for line in lines if line]
-            check_error(read_response(connection), 500, "worker_failed", None)
+        connection.sendall(complete_post({"max_tokens": 450, "n": 16, "ignore_eos": True}))
+        with server.client() as other:
+            other.get("/metrics")  # behind the request: by now it was sent to the worker
+        os.kill(worker, signal.SIGKILL)
+        rest = [line for line in lines if line]
+        check_unavailable(server, "no_worker")
+        until(server.is_ready, START_SECONDS)
+        (worker,) = server.workers()
+        os.kill(worker, signal.SIGKILL)
+        check_error(read_response(connection), 500, "worker_failed", None)
     error = json.loads(rest[-2].removeprefix("data: "))["error"]
     assert (error["type"], error["code"]) == ("server_error", "worker_failed")
     assert rest[-1] == "data: [DONE]"
-    check_unavailable(server, "no_worker")
     until(server.is_ready, START_SECONDS)
 
 
