@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from benchmarks.loop_lag import MEBIBYTE, huge, malformed, mutated, percentile
+from benchmarks.loop_lag import MEBIBYTE, huge, malformed, mutated, percentile, quantile
 
 
 def test_a_percentile_is_the_bound_of_its_bucket() -> None:
@@ -18,6 +18,12 @@ def test_a_percentile_is_the_bound_of_its_bucket() -> None:
         0.1,
         0.1,
     ]
+
+
+def test_a_quantile_is_one_of_the_values() -> None:
+    values = [float(value) for value in range(200, 0, -1)]
+    assert [quantile(values, share) for share in (0.005, 0.5, 0.99, 1.0)] == [1, 100, 198, 200]
+    assert quantile([3.0], 0.99) == 3
 
 
 def test_huge_bodies_are_at_the_limit_and_beyond() -> None:

@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -24,6 +25,8 @@ from tests.server.conftest import Serve
 from tests.server.fakes import ready_event
 
 DRAFTING = ("speculative", "multi_candidate", "mtad", "mmtad")
+ROOT = Path(__file__).parent.parent.parent
+DOCUMENT = (ROOT / "docs/metrics.md").read_text(encoding="utf-8")
 MAX_SERIES = 2000
 ROUTES = 16
 STATUSES = (200, 400, 401, 404, 405, 408, 413, 415, 429, 431, 499, 500, 503)
@@ -156,6 +159,34 @@ def test_names_follow_the_rules() -> None:
             assert not sample.name.endswith("_created")
             assert family.type != "histogram" or "model" not in sample.labels
             assert family.type != "counter" or sample.name.endswith("_total")
+
+
+def documented() -> dict[str, tuple[str, set[str]]]:
+    """Type and labels by name, as the tables of docs/metrics.md have them."""
+    rows = re.findall(r"^\| (`mmtad_.*?) \| (\w+) \| ([\w, -]*) \|", DOCUMENT, re.MULTILINE)
+    return {
+        name: (kind, set(filter(None, labels.strip(" -").replace(" ", "").split(","))))
+        for names, kind, labels in rows
+        for name in re.findall(r"`(\w+)`", names)
+    }
+
+
+def test_every_metric_is_documented_with_its_type_and_labels() -> None:
+    exported: dict[str, tuple[str, set[str]]] = {}
+    for family in everything(metrics_compat="none").registry.collect():
+        labels = set().union(*(sample.labels for sample in family.samples)) - {"le"}
+        suffix = {"counter": "_total", "info": "_info"}.get(family.type, "")
+        exported[family.name + suffix] = ("gauge" if family.type == "info" else family.type, labels)
+    assert documented() == exported
+
+
+def test_everything_else_the_document_names_exists() -> None:
+    text = everything().exposition().decode()
+    for name in re.findall(r"`((?:vllm:|DCGM_)\w+)`", DOCUMENT):
+        assert f"\n{name}{{" in text
+    rules = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "deploy/prometheus/rules").glob("*"))
+    found = re.findall(r"`((?:method:|instance:|Mmtad)[\w:]+)`", DOCUMENT)
+    assert set(found) == set(re.findall(r"(?:record|alert): (\S+)", rules))
 
 
 async def ask(app: ASGIApp, path: str, body: bytes = b"") -> int:
