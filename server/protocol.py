@@ -20,6 +20,7 @@ from server.limits import CLOSE, HttpLimits, headers_too_large
 
 READ_BYTES = 8192
 LINGER_SECONDS = 5
+THROW_AWAY_SECONDS = 1.0
 NOT_HTTP = "The request is not valid HTTP/1.1: check its headers."
 TOO_SLOW = "The headers did not arrive within {seconds:g} s: send them faster."
 
@@ -28,16 +29,44 @@ OnRefusal = Callable[[ApiError, str], None]  # the error that was told, and the 
 log = structlog.get_logger("server.http")
 
 
-class CountingTransport:
-    """A transport that knows how much was written to it."""
+class LingeringTransport:
+    """A transport that knows how much was written to it, and closes without losing an answer.
 
-    def __init__(self, transport: asyncio.Transport) -> None:
+    Closing over bytes that nobody read resets a connection, and the client may lose what it was told.
+    Where some of a request is still to come (`is_owed`), only our side is closed at once; what comes is
+    thrown away until the client closes its own, at most for `THROW_AWAY_SECONDS`.
+    """
+
+    def __init__(self, transport: asyncio.Transport, is_owed: Callable[[], bool]) -> None:
         self._transport = transport
+        self._is_owed = is_owed
+        self._end: asyncio.TimerHandle | None = None
         self.num_written = 0
 
     def write(self, data: bytes) -> None:
         self.num_written += len(data)
         self._transport.write(data)
+
+    def close(self) -> None:
+        if self.is_closing():
+            return
+        if not (self._is_owed() and self._transport.can_write_eof()):
+            self._transport.close()
+            return
+        self._end = asyncio.get_running_loop().call_later(THROW_AWAY_SECONDS, self._transport.abort)
+        self._transport.write_eof()
+        self._transport.resume_reading()
+
+    def is_closing(self) -> bool:
+        return self.throws_away or self._transport.is_closing()
+
+    @property
+    def throws_away(self) -> bool:
+        return self._end is not None
+
+    def lost(self) -> None:
+        if self._end is not None:
+            self._end.cancel()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._transport, name)
@@ -64,7 +93,7 @@ class TimedProtocol(H11Protocol, asyncio.BufferedProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self.transport = CountingTransport(transport)
+        self.transport = LingeringTransport(transport, self._is_owed)
         self._watch_headers()
         self._watch_reader(num_taken=0, since=self.loop.time())
 
@@ -72,7 +101,12 @@ class TimedProtocol(H11Protocol, asyncio.BufferedProtocol):
         return self._buffer
 
     def buffer_updated(self, nbytes: int) -> None:
-        self.data_received(bytes(self._buffer[:nbytes]))
+        if not self.transport.throws_away:
+            self.data_received(bytes(self._buffer[:nbytes]))
+
+    def _is_owed(self) -> bool:
+        """Whether the client may still be sending what nobody will read."""
+        return self.conn.their_state in (h11.SEND_BODY, h11.ERROR) or bool(self.conn.trailing_data[0])
 
     def handle_events(self) -> None:
         super().handle_events()
@@ -82,6 +116,7 @@ class TimedProtocol(H11Protocol, asyncio.BufferedProtocol):
         self._stop_watching_headers()
         if self._reader_timer is not None:
             self._reader_timer.cancel()
+        self.transport.lost()
         super().connection_lost(exc)
 
     def send_400_response(self, msg: str) -> None:

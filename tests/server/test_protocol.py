@@ -129,6 +129,20 @@ async def test_an_answer_before_the_body_ends_the_connection(
     assert b"connection: close" in answer
 
 
+@pytest.mark.parametrize("size", [40_000, 900_000])
+async def test_an_answer_before_the_body_is_not_lost_with_it(serve_port: Serve, size: int) -> None:
+    """A connection that is closed over unread bytes is reset, and what was sent may be gone."""
+    sent = POST.replace(b"application/json", b"text/plain") + b"Content-Length: %d\r\n\r\n" % size
+    async with serve_port() as served:
+        for _ in range(10):
+            async with served.connect() as (reader, writer):
+                writer.write(sent + b"x" * size)
+                await writer.drain()
+                head, error = await answer_of(reader)
+            assert head.startswith(b"HTTP/1.1 415")
+            assert error["code"] == "unsupported_media_type"
+
+
 async def test_no_key_is_told_before_the_body_comes(serve_port: Serve) -> None:
     async with serve_port(api_key=["the-key"]) as served:
         for given, reason in ((b"", "http_401"), (b"Authorization: Bearer x\r\n", "invalid_api_key")):
