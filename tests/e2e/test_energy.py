@@ -79,3 +79,24 @@ def test_a_recording_that_cannot_be_played_is_refused(start: Start, tmp_path: Pa
     with start("--energy-source", f"replay:{tmp_path / 'none'}", wait=False) as refused:
         assert refused.process.wait(60) == 2
     assert "--energy-source" in refused.log.read_text()
+
+
+def test_a_sensor_that_is_lost_leaves_a_gap(start: Start, tmp_path: Path) -> None:
+    """Three seconds with readings, six without, again and again."""
+    path = tmp_path / "gaps.jsonl"
+    readings = {n: {"cpu:0": n * WATTS * 100_000} for n in (*range(30), 90)}
+    rows = [{"seconds": n / 10, "microjoules": readings.get(n)} for n in range(91)]
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    with start("--energy-source", f"replay:{path}") as server:
+        for available in (1, 0):
+            until(lambda available=available: server.metric("mmtad_energy_available") == available)
+        lost = totals(server)
+        assert energies(server, [{"max_tokens": 8}]) == [None]
+        assert server.metric("mmtad_energy_available") == 0
+        assert totals(server) == lost, "nothing is made up for what was not read"
+        until(lambda: server.metric("mmtad_energy_available") == 1)
+        until(lambda: totals(server)["energy"] > lost["energy"])
+        assert server.metric("mmtad_worker_up") == 1
+        counted = totals(server)
+        found = counted.get("request_energy", 0) + counted["idle_energy"]
+        assert counted["energy"] == pytest.approx(found, rel=1e-9)
