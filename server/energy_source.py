@@ -167,9 +167,10 @@ class GpuSource:
 
     refresh_seconds = 0.1
 
-    def __init__(self, gpus: Any, index: int) -> None:
+    def __init__(self, gpus: Any, index: int, worker: int = 0) -> None:
+        """`index` is the GPU's among those that `worker` sees: several workers see one each."""
         self.name = "gpu"
-        self.devices: tuple[str, ...] = (f"gpu:{index}",)
+        self.devices: tuple[str, ...] = (f"gpu:{worker + index}",)
         self._gpus, self._index = gpus, index
         if not gpus.supports_get_total_energy_consumption(index):
             raise EnergySourceError("the GPU has no energy counter")
@@ -181,7 +182,7 @@ class GpuSource:
             raise EnergySourceError(f"the GPU's counter cannot be read: {error}") from error
 
 
-def open_source(choice: str, device: str) -> EnergySource | None:
+def open_source(choice: str, device: str, worker: int = 0) -> EnergySource | None:
     """The source of a worker that computes on `device` (`cpu`, `cuda` or `cuda:N`), None where there is none.
 
     Raises:
@@ -192,7 +193,7 @@ def open_source(choice: str, device: str) -> EnergySource | None:
     if choice.startswith(REPLAY_PREFIX):
         return ReplaySource.from_file(Path(choice.removeprefix(REPLAY_PREFIX)))
     try:
-        return _gpu(device) if device.startswith("cuda") else _cpu()
+        return _gpu(device, worker) if device.startswith("cuda") else _cpu()
     except EnergySourceError as error:
         log.info("energy_not_measured", reason=str(error))
         return None
@@ -205,7 +206,7 @@ def _cpu() -> EnergySource:
     return PowercapSource(folder)
 
 
-def _gpu(device: str) -> EnergySource:
+def _gpu(device: str, worker: int) -> EnergySource:
     try:
         from zeus.device import get_gpus
 
@@ -214,4 +215,4 @@ def _gpu(device: str) -> EnergySource:
         raise EnergySourceError("zeus is not installed: run scripts/install --energy") from error
     except Exception as error:  # its errors for a missing driver or library have no common base
         raise EnergySourceError(f"zeus finds no GPU: {error}") from error
-    return GpuSource(gpus, int(device.partition(":")[2] or 0))
+    return GpuSource(gpus, int(device.partition(":")[2] or 0), worker)

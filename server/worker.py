@@ -113,12 +113,13 @@ def load_engine(command: LoadCommand, outbox: Outbox) -> Loaded:
 def open_energy(command: LoadCommand, device: str) -> EnergySource | None:
     """The energy source that was asked for; raises ModelLoadError.
 
-    A CPU's counter is one for the whole host, so only the first worker reads it.
+    A CPU's counter is one for the whole host: none of several workers could say what is its own.
     """
-    if device == "cpu" and command.worker > 0:
+    if device == "cpu" and command.num_workers > 1:
+        log.info("energy_not_measured", reason="several workers share the counter of the CPU")
         return None
     try:
-        return open_source(command.energy_source, device)
+        return open_source(command.energy_source, device, command.worker)
     except EnergySourceError as error:
         raise ModelLoadError(f"--energy-source: {error}") from error
 

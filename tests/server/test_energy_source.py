@@ -9,6 +9,8 @@ import pytest
 
 from server import energy_source
 from server.energy_source import EnergySourceError, GpuSource, PowercapSource, ReplaySource, open_source
+from server.messages import LoadCommand
+from server.worker import open_energy
 
 
 class Clock:
@@ -113,6 +115,24 @@ def test_auto_takes_the_powercap_folder_of_a_cpu(tmp_path: Path, monkeypatch: py
     assert open_source("none", "cpu") is None
 
 
+@pytest.mark.parametrize(("num_workers", "read"), [(1, True), (2, False)])
+def test_workers_that_share_a_cpu_do_not_share_its_counter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_workers: int, read: bool
+) -> None:
+    monkeypatch.setattr(energy_source, "POWERCAP_FOLDERS", (powercap(tmp_path / "powercap"),))
+    load = LoadCommand(
+        target=None,
+        draft=None,
+        device="cpu",
+        dtype="auto",
+        max_model_len=None,
+        max_num_seqs=2,
+        num_workers=num_workers,
+        energy_source="auto",
+    )
+    assert (open_energy(load, "cpu") is not None) is read
+
+
 def test_nothing_measures_where_there_is_no_counter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(energy_source, "POWERCAP_FOLDERS", (tmp_path / "none",))
     assert open_source("auto", "cpu") is None
@@ -139,6 +159,7 @@ class Gpus:
 
 
 def test_a_gpus_millijoules_become_microjoules() -> None:
+    assert GpuSource(Gpus([]), 1, worker=2).devices == ("gpu:3",)
     source = GpuSource(Gpus([5, RuntimeError("GPU is lost"), 7]), 1)
     assert source.read() == {"gpu:1": 5000}
     with pytest.raises(EnergySourceError, match="GPU is lost"):
