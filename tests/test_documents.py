@@ -27,6 +27,8 @@ ALL = [command for name in DOCUMENTS for block in blocks(name) for command in co
 GUARDS = re.compile(r"^\./scripts/(test|check|install)\b")
 # Hours of work: whether the program knows every flag is checked.
 LONG = re.compile(r"^(\./scripts/distill-draft|\./scripts/train-tiny-pair|python -m benchmarks\.\w+)\b")
+# They fetch gigabytes: that they exist is checked.
+EXTERNAL = re.compile(r"^\.venv/bin/python -m (tests\.external\.\w+)$")
 
 
 def answers(url: str, path: str) -> int:
@@ -75,6 +77,12 @@ def test_long_programs_know_their_flags(command: str, tmp_path: Path) -> None:
     text = Clone(tmp_path, free_port()).run(f"{program[0]} --help")
     flags = [each for each in shlex.split(command) if each.startswith("--")]
     assert [flag for flag in flags if not re.search(rf"{flag}\b", text)] == []
+
+
+def test_every_external_client_has_its_command() -> None:
+    named = {found[1] for each in ALL if (found := EXTERNAL.match(each))}
+    scripts = (ROOT / "tests" / "external").glob("with_*.py")
+    assert named == {f"tests.external.{path.stem}" for path in scripts}
 
 
 @pytest.mark.parametrize("command", sorted({each for each in ALL if "docker compose" in each}))
@@ -148,6 +156,6 @@ def test_no_command_is_left_out() -> None:
     run = {*blocks("README.md")[1:2], *blocks("docs/deployment.md")}
     known = {command for block in run for command in commands(block)}
     known |= {command for command in ALL if command.startswith("./scripts/serve")}
-    rules = (GUARDS, LONG, ELSEWHERE)
+    rules = (GUARDS, LONG, EXTERNAL, ELSEWHERE)
     left = [each for each in ALL if each not in known and not any(rule.match(each) for rule in rules)]
     assert left == []
