@@ -80,9 +80,11 @@ def test_gap_shares_are_of_exact_joint_decoding() -> None:
     ]
     decode.add_gap_shares(rows)
     assert "gap_share" not in rows[0]
-    rows.append({"method": "exact mtjd", "difference": 0.4, "interval": [-0.1, 0.9]})
-    decode.add_gap_shares(rows)
-    assert "gap_share" not in rows[0]
+    rows.append({"method": "exact mtjd", "difference": 0.4})
+    for interval in ([-0.1, 0.9], [1e-6, 2e-6]):
+        rows[-1]["interval"] = interval
+        decode.add_gap_shares(rows)
+        assert "gap_share" not in rows[0]
     rows[-1]["interval"] = [0.3, 0.5]
     decode.add_gap_shares(rows)
     assert [row["gap_share"] for row in rows] == pytest.approx([0, 0.75, 1])
