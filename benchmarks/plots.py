@@ -105,13 +105,17 @@ def shape(row: Row) -> tuple[Any, ...]:
 
 
 def read(path: Path) -> list[Row]:
-    """The judged lines of a sweep; S is block efficiency over the step's cost, where that was timed."""
+    """The judged lines of a sweep; S is block efficiency over the step's cost, where that was timed.
+
+    `target` is timed against itself too: what its place in a round makes it faster is taken off the others.
+    """
     lines = [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines()]
     costs = {shape(row): row["step_cost"] for row in lines if row.get("timed")}
     rows = [row for row in lines if not row.get("timed")]
     for row in rows:
-        if shape(row) in costs:
-            row["S"] = row["BE"] / costs[shape(row)]
+        plain = costs.get((row["pair"], row["T"], "target", None, None))
+        if plain is not None and shape(row) in costs:
+            row["S"] = row["BE"] * plain / costs[shape(row)]
     return rows
 
 

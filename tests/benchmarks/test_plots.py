@@ -17,14 +17,15 @@ ROWS = [
 ]
 
 TIMED = {"timed": True, "method": "mmtad", "depth": 4, "width": 2, "step_cost": 1.25}
+PLAIN = {"timed": True, "method": "target", "depth": None, "width": None, "step_cost": 0.9}
 
 
 def test_speed_is_block_efficiency_over_the_cost_of_a_step(tmp_path: Path) -> None:
-    rows = [{**ROWS[3], "depth": 4, "width": 2}, {**ROWS[4], "depth": 8, "width": 2}, TIMED]
+    rows = [{**ROWS[3], "depth": 4, "width": 2}, {**ROWS[4], "depth": 8, "width": 2}, TIMED, PLAIN]
     path = tmp_path / "sweep.jsonl"
     path.write_text("\n".join(json.dumps({**row, "T": 1.0, "pair": "T"}) for row in rows), encoding="utf-8")
     timed, untimed = plots.read(path)
-    assert timed["S"] == 2.0 / 1.25
+    assert timed["S"] == pytest.approx(2.0 * 0.9 / 1.25)
     assert "S" not in untimed
 
 
@@ -34,7 +35,7 @@ def test_frontier_drops_what_another_row_beats() -> None:
 
 
 def test_pictures_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    lines = [json.dumps({**row, "T": 1.0, "pair": "T", "prompts": 4}) for row in [*ROWS, TIMED]]
+    lines = [json.dumps({**row, "T": 1.0, "pair": "T", "prompts": 4}) for row in [*ROWS, TIMED, PLAIN]]
     (tmp_path / "sweep.jsonl").write_text("\n".join(lines), encoding="utf-8")
     monkeypatch.setattr("sys.argv", ["plots", str(tmp_path / "sweep.jsonl"), "--out", str(tmp_path)])
     plots.main()
