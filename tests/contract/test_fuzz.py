@@ -50,7 +50,7 @@ def statuses_of(event: dict[str, Any]) -> list[int]:
 
 def test_schemathesis(server: RunningServer, tmp_path: Path, long: bool) -> None:
     report = tmp_path / "report.ndjson"
-    run = fuzz(server, report, 280 if long else 2)
+    run = fuzz(server, report, 360 if long else 2)
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
     statuses = [
         status for line in report.read_text().splitlines() for status in statuses_of(json.loads(line))
