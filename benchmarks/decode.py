@@ -23,7 +23,7 @@ from benchmarks import shapes
 from benchmarks.baselines import beam_search, repetition
 from benchmarks.cost import CostTable, measure_costs, needed_passes, speed_up
 from benchmarks.exact import BLOCK, exact_mtjd
-from benchmarks.generation import Generation, generate, score_all
+from benchmarks.generation import Generation, generate, sampling_params, score_all
 from benchmarks.judge import Judge
 from benchmarks.methods import configurations
 from benchmarks.pairs import NAMES, BenchPair, load_pair
@@ -114,13 +114,7 @@ def measure(
 ) -> Iterator[tuple[list[Row], CostTable]]:
     """The rows of each temperature, and the cost table measured with them."""
     for temperature in arguments.temperatures:
-        params = SamplingParams(
-            arguments.max_tokens,
-            temperature,
-            top_k=arguments.top_k,
-            top_p=arguments.top_p,
-            seed=arguments.seed,
-        )
+        params = sampling_params(arguments, temperature)
         thresholds = arguments.thresholds or [default_threshold(greedy=params.greedy)]
         configs = list(configurations(arguments.depths, arguments.widths, thresholds))
         rows = []

@@ -1,5 +1,6 @@
 """Run the engine over many prompts, with what each got and what each step took."""
 
+import argparse
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -36,6 +37,17 @@ class Timing:
     step_tokens: list[int] = field(default_factory=list)
     cpu_seconds: float = 0.0
     num_tokens: int = 0
+
+
+def sampling_params(arguments: argparse.Namespace, temperature: float) -> SamplingParams:
+    """As the flags of a program ask for."""
+    return SamplingParams(
+        arguments.max_tokens,
+        temperature,
+        top_k=arguments.top_k,
+        top_p=arguments.top_p,
+        seed=arguments.seed,
+    )
 
 
 def generate(

@@ -14,17 +14,18 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks.cost import CostTable, measure_costs, needed_passes, speed_up
-from benchmarks.generation import generate
+from benchmarks.generation import generate, sampling_params
 from benchmarks.methods import equal_trees
 from benchmarks.pairs import linear_bytes, num_parameters
 from benchmarks.speed import measure_speed
 from benchmarks.synthetic import synthetic_acceptance
 from benchmarks.table import describe, describe_speed, environment, finite, header, line
-from decoding import DecodingConfig, ModelPair, SamplingParams
+from decoding import DecodingConfig, ModelPair
 from decoding.linear import apply_float16_linear, float16_linear_available
 from decoding.model import CausalModel
 
 Row = dict[str, Any]
+TEMPERATURE = 1.0
 
 # Published configurations; the two-layer draft has the width of its target, as the embedded one.
 SHAPES: dict[str, dict[str, dict[str, Any]]] = {
@@ -156,7 +157,7 @@ def _rows(
     costs: CostTable,
     arguments: argparse.Namespace,
 ) -> list[Row]:
-    params = SamplingParams(arguments.max_tokens, 1.0, top_k=10, top_p=0.9, seed=arguments.seed)
+    params = sampling_params(arguments, TEMPERATURE)
     batch = len(prompts)
     reached = []
     for config in configs:
@@ -166,7 +167,7 @@ def _rows(
     return [
         {
             **describe(config),
-            "T": 1.0,
+            "T": TEMPERATURE,
             "batch": batch,
             "BE": efficiency,
             "tokens_per_s": speed.tokens_per_s,

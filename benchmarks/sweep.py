@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import decode
-from benchmarks.generation import generate, score_all
+from benchmarks.generation import generate, sampling_params, score_all
 from benchmarks.judge import Judge
 from benchmarks.pairs import BenchPair
 from benchmarks.speed import measure_speed
@@ -184,13 +184,7 @@ def measure(
     pair: BenchPair, task: Task, arguments: argparse.Namespace, temperature: float, known: set[Any]
 ) -> Iterator[Row]:
     """What the file lacks at one temperature."""
-    params = SamplingParams(
-        arguments.max_tokens,
-        temperature,
-        top_k=arguments.top_k,
-        top_p=arguments.top_p,
-        seed=arguments.seed,
-    )
+    params = sampling_params(arguments, temperature)
     sweep = Sweep(pair, task, params, arguments)
     yield from judge(sweep, arguments, known)
     if arguments.timed:

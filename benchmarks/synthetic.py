@@ -19,8 +19,6 @@ from decoding.methods import multi_candidate, speculative, step
 from decoding.methods.multi_candidate import MultiCandidate, level_sizes
 from decoding.token_tree import TokenTree
 
-SYNTHETIC_METHODS = ("speculative", "multi_candidate", "mtad", "mmtad")
-
 
 class Acceptance:
     """Depths to keep, step after step, whose mean is `block_efficiency` - 1."""

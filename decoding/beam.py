@@ -64,8 +64,7 @@ def beam_search(
     beams = Beams(tree.parents[:, :1], tree.draft_log_probs[:, :1])
     levels = [logits]
     for depth in range(1, batch.depth + 1):
-        first = 1 + (depth - 1) * width
-        parent = max(first - width, 0)
+        parent = max(1 + (depth - 2) * width, 0)
         if depth > 1:
             levels.append(model.forward(batch.rows, batch.lengths, tree, first=parent, count=width))
         tree.note_finite(levels[-1])

@@ -70,10 +70,12 @@ class EnergyMeter:
 
     def close(self, command_id: str) -> EnergyUsage | None:
         """What a command used, None where a reading was missed; later shares of it count by method only."""
+        if command_id not in self._requests:
+            return None
         if self.source.refresh_seconds < SAMPLE_SECONDS:
             self.sample()
-        request = self._requests.pop(command_id, None)
-        if request is None or not request.complete:
+        request = self._requests.pop(command_id)
+        if not request.complete:
             return None
         seconds = self._clock() - request.opened
         return EnergyUsage(
@@ -83,6 +85,10 @@ class EnergyMeter:
             decode_microjoules=request.microjoules[DECODE],
             resolution_limited=seconds < RESOLUTION_INTERVALS * self.source.refresh_seconds,
         )
+
+    def forget(self, command_id: str) -> None:
+        """A command of which nobody asks any more; nothing is read for it."""
+        self._requests.pop(command_id, None)
 
     def sample_if_due(self) -> bool:
         """Read the counters once every `SAMPLE_SECONDS`; whether they were read."""
@@ -135,11 +141,9 @@ class EnergyMeter:
         self._idle[device] += left
 
     def _read(self) -> Reading | None:
-        lost = self._last is None
         try:
-            reading = self.source.read()
+            return self.source.read()
         except EnergySourceError as error:
-            if not lost:
+            if self._last is not None:
                 log.warning("energy_lost", source=self.source.name, reason=str(error))
             return None
-        return reading

@@ -4,11 +4,11 @@ import queue
 import time
 from collections.abc import Iterable
 from collections.abc import Sequence as Series
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import structlog
 
-from decoding import FinishReason, Sequence, SequenceOutput
+from decoding import FinishReason, ForwardTime, Sequence, SequenceOutput, StepStats
 from server.energy import DECODE, PREFILL, EnergyMeter
 from server.ledger import Choice, Ticket
 from server.link import Outbox
@@ -23,37 +23,7 @@ from server.messages import (
     StopCommand,
 )
 
-if TYPE_CHECKING:
-    from decoding import ForwardTime
-
 log = structlog.get_logger("server.worker")
-
-
-class StepStatsLike(Protocol):
-    """The part of `decoding.StepStats` that is reported."""
-
-    @property
-    def method(self) -> str | None: ...
-    @property
-    def preset(self) -> str | None: ...
-    @property
-    def num_sequences(self) -> int: ...
-    @property
-    def num_tree_nodes(self) -> int: ...
-    @property
-    def prefill_tokens(self) -> int: ...
-    @property
-    def prefill_seconds(self) -> float: ...
-    @property
-    def decode_seconds(self) -> float: ...
-    @property
-    def prefill_id(self) -> str | None: ...
-    @property
-    def decode_ids(self) -> tuple[str, ...]: ...
-    @property
-    def cached_prompt_tokens(self) -> int: ...
-    @property
-    def forward_times(self) -> "Series[ForwardTime]": ...
 
 
 class EngineLike(Protocol):
@@ -73,7 +43,7 @@ class EngineLike(Protocol):
     @property
     def num_waiting(self) -> int: ...
     @property
-    def last_step(self) -> StepStatsLike: ...
+    def last_step(self) -> StepStats: ...
 
 
 class Tick:
@@ -121,7 +91,7 @@ class WorkerLoop:
                 self._handle(command)
             handled = True
         if handled and not self._engine.has_work():
-            self._report(None)
+            self._report(StepStats())
         return True
 
     def _handle(self, command: Command) -> None:
@@ -187,7 +157,7 @@ class WorkerLoop:
     def _forget(self, ticket: Ticket) -> None:
         self._tickets.pop(ticket.command.id, None)
         if self._meter is not None:
-            self._meter.close(ticket.command.id)
+            self._meter.forget(ticket.command.id)
         for choice in ticket.choices:
             self._choices.pop(choice.sequence_id, None)
             self._waiting.pop(choice.sequence_id, None)
@@ -208,7 +178,7 @@ class WorkerLoop:
             self._deliver(output)
         self._report(self._engine.last_step)
 
-    def _meter_step(self, last: StepStatsLike) -> None:
+    def _meter_step(self, last: StepStats) -> None:
         """Who the step worked for: noted before its outputs end any of them."""
         if self._meter is None:
             return
@@ -255,13 +225,13 @@ class WorkerLoop:
         for sequence_id in lost:
             if sequence_id in self._choices:
                 self._fail(self._choices[sequence_id][0], "worker_failed", "the draft failed")
-        self._report(None)
+        self._report(StepStats())
 
     def _fail_everything(self) -> None:
         """A broken step may have left any row half done: all of them end here, the process goes on."""
         for ticket in list(self._tickets.values()):
             self._fail(ticket, "worker_failed", "a step failed")
-        self._report(None)
+        self._report(StepStats())
 
     def _fail(self, ticket: Ticket, code: str, message: str) -> None:
         for choice in ticket.choices:
@@ -269,26 +239,26 @@ class WorkerLoop:
         self._outbox.put(FailedEvent(id=ticket.command.id, code=code, message=message))
         self._forget(ticket)
 
-    def _report(self, last: StepStatsLike | None) -> None:
-        """What the step did, or with None only the state that commands left behind."""
+    def _report(self, last: StepStats) -> None:
+        """What the step did, and the state that it or commands left behind."""
         self._outbox.put(
             StepStatsEvent(
-                method=last.method if last else None,
-                preset=last.preset if last else None,
-                num_sequences=last.num_sequences if last else 0,
-                num_tree_nodes=last.num_tree_nodes if last else 0,
-                prefill_tokens=last.prefill_tokens if last else 0,
-                prefill_seconds=last.prefill_seconds if last else 0.0,
-                decode_seconds=last.decode_seconds if last else 0.0,
+                method=last.method,
+                preset=last.preset,
+                num_sequences=last.num_sequences,
+                num_tree_nodes=last.num_tree_nodes,
+                prefill_tokens=last.prefill_tokens,
+                prefill_seconds=last.prefill_seconds,
+                decode_seconds=last.decode_seconds,
                 num_running=self._engine.num_running,
                 num_waiting=self._engine.num_waiting,
                 cache_usage=self._engine.cache_usage(),
                 draft_enabled=self._engine.draft_enabled,
-                cached_prompt_tokens=last.cached_prompt_tokens if last else 0,
-                forward=_forward_stats(last.forward_times) if last else [],
+                cached_prompt_tokens=last.cached_prompt_tokens,
+                forward=_forward_stats(last.forward_times),
             )
         )
 
 
-def _forward_stats(times: "Series[ForwardTime]") -> list[ForwardStats]:
+def _forward_stats(times: Series[ForwardTime]) -> list[ForwardStats]:
     return [ForwardStats(each.role, each.phase, each.method, each.num_passes, each.seconds) for each in times]

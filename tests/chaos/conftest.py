@@ -3,8 +3,6 @@
 import contextlib
 import json
 import socket
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -14,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.chaos.worker import FAULTS
-from tests.e2e.conftest import ROOT, START_SECONDS, RunningServer, clean_environment, free_port, pair, until
+from tests.e2e.conftest import RunningServer, free_port, launch, pair, running_server, serving
 
 __all__ = ["pair"]
 
@@ -81,23 +79,11 @@ def start_chaos(pair: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactor
     @contextlib.contextmanager
     def run(*flags: str, wait: bool = True, **faults: Any) -> Iterator[ChaosServer]:
         port, folder = free_port(), tmp_path_factory.mktemp("chaos")
-        command = [sys.executable, "-m", "tests.chaos.server", str(folder)]
-        command += ["--model", str(pair[0]), "--speculative-config.model", str(pair[1])]
-        command += ["--served-model-name", "tiny", "--port", str(port), *flags]
-        log = folder / "log"
-        with (
-            log.open("wb") as output,
-            subprocess.Popen(
-                command, cwd=ROOT, env=clean_environment(), stdout=output, stderr=subprocess.STDOUT
-            ) as process,
-        ):
+        log, program = folder / "log", ("tests.chaos.server", str(folder))
+        with log.open("wb") as output, launch([*serving(pair, port), *flags], output, program) as process:
             server = ChaosServer(process, port, log, folder)
             server.order(**faults)
-            try:
-                if wait:
-                    until(server.is_ready, START_SECONDS)
+            with running_server(server, wait=wait):
                 yield server
-            finally:
-                process.kill()
 
     return run

@@ -7,11 +7,11 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, TypeVar
 
 import httpx
 import pytest
@@ -79,6 +79,8 @@ class RunningServer:
         return self.process.wait(seconds)
 
 
+Server = TypeVar("Server", bound=RunningServer)
+Process = subprocess.Popen[bytes]
 Start = Callable[..., AbstractContextManager[RunningServer]]
 
 
@@ -93,11 +95,28 @@ def clean_environment() -> dict[str, str]:
     return environment | {"OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
 
 
-def launch(arguments: list[str], output: IO[bytes]) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "server", *arguments]
+def launch(arguments: list[str], output: IO[bytes], program: Sequence[str] = ("server",)) -> Process:
+    command = [sys.executable, "-m", *program, *arguments]
     return subprocess.Popen(
         command, cwd=ROOT, env=clean_environment(), stdout=output, stderr=subprocess.STDOUT
     )
+
+
+def serving(pair: tuple[Path, Path], port: int) -> list[str]:
+    """Flags that serve a pair as `tiny` on a port."""
+    names = ["--model", str(pair[0]), "--speculative-config.model", str(pair[1])]
+    return [*names, "--served-model-name", "tiny", "--port", str(port)]
+
+
+@contextlib.contextmanager
+def running_server(server: Server, *, wait: bool) -> Iterator[Server]:
+    """The server while the context lasts, by default once it is ready."""
+    try:
+        if wait:
+            until(server.is_ready, START_SECONDS)
+        yield server
+    finally:
+        server.process.kill()
 
 
 @pytest.fixture(scope="session")
@@ -113,16 +132,12 @@ def start(pair: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> 
     def run(*flags: str, wait: bool = True) -> Iterator[RunningServer]:
         port = free_port()
         log = tmp_path_factory.mktemp("server") / "log"
-        arguments = ["--model", str(pair[0]), "--speculative-config.model", str(pair[1])]
-        arguments += ["--served-model-name", "tiny", "--port", str(port), *flags]
-        with log.open("wb") as output, launch(arguments, output) as process:
-            server = RunningServer(process, port, log)
-            try:
-                if wait:
-                    until(server.is_ready, START_SECONDS)
-                yield server
-            finally:
-                process.kill()
+        with (
+            log.open("wb") as output,
+            launch([*serving(pair, port), *flags], output) as process,
+            running_server(RunningServer(process, port, log), wait=wait) as server,
+        ):
+            yield server
 
     return run
 

@@ -13,9 +13,8 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
-from decoding import FinishReason, Sequence, SequenceOutput
+from decoding import FinishReason, ForwardTime, Sequence, SequenceOutput, StepStats
 from decoding.sequence import TokenLogProb, TopLogProbs
-from decoding.statistics import ForwardTime
 from server.link import Outbox
 from server.loop import WorkerLoop
 from server.messages import (
@@ -77,21 +76,6 @@ class DeviceLostError(Exception):
     """What a scripted engine takes for the end of its device."""
 
 
-@dataclass(frozen=True)
-class FakeStats:
-    method: str | None = None
-    preset: str | None = None
-    num_sequences: int = 0
-    num_tree_nodes: int = 0
-    prefill_tokens: int = 0
-    prefill_seconds: float = 0.0
-    decode_seconds: float = 0.0
-    prefill_id: str | None = None
-    decode_ids: tuple[str, ...] = ()
-    cached_prompt_tokens: int = 0
-    forward_times: tuple[ForwardTime, ...] = ()
-
-
 @dataclass
 class ScriptedEngine:
     """Delivers `script(sequence)`, `tokens_per_step` at a time, in rows as the real one.
@@ -109,7 +93,7 @@ class ScriptedEngine:
     failures: deque[Exception] = field(default_factory=deque)
     added: list[Sequence] = field(default_factory=list)
     cancelled: list[str] = field(default_factory=list)
-    last_step: FakeStats = field(default_factory=FakeStats)
+    last_step: StepStats = field(default_factory=StepStats)
     num_steps: int = 0
     draft_enabled: bool = True
     _running: list[Sequence] = field(default_factory=list)
@@ -164,7 +148,7 @@ class ScriptedEngine:
         outputs = [self._advance(sequence) for sequence in rows]
         method = rows[0].config.method
         ids = tuple(each.id for each in rows)
-        self.last_step = FakeStats(
+        self.last_step = StepStats(
             method,
             rows[0].config.preset.name,
             len(rows),
