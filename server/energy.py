@@ -59,7 +59,8 @@ class EnergyMeter:
         self._last = self._read()
 
     def open(self, command_id: str, method: str) -> None:
-        self._requests[command_id] = _Request(method, self._clock())
+        measured = self._last is not None
+        self._requests[command_id] = _Request(method, self._clock(), complete=measured)
 
     def note(self, phase: str, seconds: float, command_ids: Iterable[str]) -> None:
         """`seconds` of forward time for these commands, one entry per sequence."""

@@ -124,6 +124,17 @@ def test_a_lost_sensor_leaves_a_gap_and_nothing_is_made_up() -> None:
     assert usage.decode_microjoules == 60
 
 
+def test_a_request_within_a_gap_has_no_joules() -> None:
+    """Also one that is over before the next reading is due."""
+    bench = Bench()
+    bench.source.lost = True
+    bench.spend(1, 100)
+    bench.meter.sample()
+    bench.meter.open("short", "mmtad")
+    bench.meter.note(DECODE, 0.01, ["short"])
+    assert bench.meter.close("short") is None
+
+
 @pytest.mark.parametrize(
     ("refresh", "seconds", "limited"), [(0.1, 0.5, True), (0.1, 2, False), (0.001, 0.5, False)]
 )
