@@ -13,7 +13,8 @@ import structlog
 import uvicorn
 
 from server.app import create_app
-from server.config import ConfigError, ServerConfig, load_config
+from server.config import ServerConfig, load_config
+from server.config_errors import ConfigError
 from server.logs import configure_logging
 from server.metrics_compat import make_metrics
 from server.pool import Launch, WorkerPool

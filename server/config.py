@@ -3,22 +3,17 @@
 Precedence: flag, environment, file, default. Flags carry vLLM's names.
 """
 
-import ipaddress
-import json
 import os
-import re
-import ssl
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
 import yaml
-from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     CliSettingsSource,
-    NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
     SettingsError,
@@ -26,7 +21,8 @@ from pydantic_settings import (
 )
 
 from decoding import MAX_BEAM_WIDTH, MAX_SPECULATIVE_TOKENS, DecodingConfig
-from server.keys import key_digests
+from server.config_errors import ConfigError, describe_settings, describe_value, one_line
+from server.network_config import NetworkConfig
 from server.speculative_config import SpeculativeConfig
 
 ENVIRONMENT_PREFIX = "MMTAD_"
@@ -35,11 +31,7 @@ EMBEDDED_DRAFT_ID = f"{EMBEDDED_TARGET_ID}-draft"
 WORKER_LINK_FLAG = "--link-fd"
 
 
-class ConfigError(Exception):
-    """The server cannot start as asked. The message is one line: which flag, and the cure."""
-
-
-class ServerConfig(BaseSettings):
+class ServerConfig(NetworkConfig, BaseSettings):
     """Every switch of the server; times in seconds."""
 
     model_config = SettingsConfigDict(
@@ -75,29 +67,6 @@ class ServerConfig(BaseSettings):
     max_beam_width: int = Field(default=MAX_BEAM_WIDTH, ge=1, le=MAX_BEAM_WIDTH)
     max_logprobs: int = Field(default=5, ge=0, le=20, description="Most 'logprobs' of a completion.")
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63, description="Seed of requests without one.")
-    host: str = "127.0.0.1"
-    port: int = Field(default=8000, ge=0, le=65535)
-    metrics_port: int | None = Field(
-        default=None, ge=1, le=65535, description="Serve /metrics on this port of --host instead."
-    )
-    metrics_compat: Literal["vllm", "dcgm", "vllm,dcgm", "none"] = Field(
-        default="vllm", description="Whose names /metrics shows beside its own."
-    )
-    root_path: str = Field(default="", pattern=r"^(/[^/?#]+)*$", description="Where a proxy mounts it.")
-    ssl_certfile: Path | None = Field(default=None, description="PEM certificate chain: serves HTTPS.")
-    ssl_keyfile: Path | None = Field(default=None, description="PEM private key of the certificate.")
-    allowed_origins: list[str] = Field(default_factory=list, description="Origins of web pages (CORS).")
-    api_key: Annotated[list[SecretStr], NoDecode] = Field(
-        default_factory=list, description="Key that requests must carry; comma-separated or repeated."
-    )
-    api_key_file: Path | None = Field(
-        default=None, description="File with a key per line, or its digest as sha256:<hex>."
-    )
-    allow_unauthenticated: bool = Field(default=False, description="Listen beyond loopback without keys.")
-    requests_per_minute: int | None = Field(
-        default=None, ge=1, le=1_000_000, description="Most requests of a key; without keys, of an address."
-    )
-    disable_fastapi_docs: bool = Field(default=False, description="Serve neither /docs nor /openapi.json.")
     energy_source: str = Field(
         default="auto",
         pattern=r"^(auto|none|replay:.+)$",
@@ -111,30 +80,6 @@ class ServerConfig(BaseSettings):
         if any(not 1 <= len(name) <= 256 for name in names):
             raise ValueError("each name must have 1 to 256 characters")
         return names
-
-    @field_validator("api_key", mode="before")
-    @classmethod
-    def _keys_are_listed(cls, keys: Any) -> Any:
-        """The environment gives one string, the command line a JSON list as text."""
-        if not isinstance(keys, str):
-            return keys
-        return json.loads(keys) if keys.startswith("[") else keys.split(",")
-
-    @model_validator(mode="after")
-    def _reachable_safely(self) -> Self:
-        if not (self.key_digests or self.allow_unauthenticated or is_loopback(self.host)):
-            raise ValueError(
-                "--host is reachable from other machines and nothing asks for a key: "
-                "use 127.0.0.1, give --api-key-file, or add --allow-unauthenticated"
-            )
-        if self.ssl_certfile is None and self.ssl_keyfile is not None:
-            raise ValueError("--ssl-keyfile needs --ssl-certfile")
-        if self.ssl_certfile is not None:
-            try:
-                ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(self.ssl_certfile, self.ssl_keyfile)
-            except OSError as error:
-                raise ValueError(f"--ssl-certfile and --ssl-keyfile cannot be used: {error}") from error
-        return self
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -169,11 +114,6 @@ class ServerConfig(BaseSettings):
             raise ValueError(f"--speculative-config: {error}") from error
 
     @property
-    def key_digests(self) -> tuple[bytes, ...]:
-        """SHA-256 of every key, none where no key is asked for; raises ValueError."""
-        return key_digests([key.get_secret_value() for key in self.api_key], self.api_key_file)
-
-    @property
     def target_id(self) -> str:
         return self.served_model_name[0] if self.served_model_name else (self.model or EMBEDDED_TARGET_ID)
 
@@ -201,13 +141,6 @@ class ServerConfig(BaseSettings):
         return tuple(sources)
 
 
-def is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
 def load_config(argv: Sequence[str] | None = None) -> ServerConfig:
     """Configuration of this process from `argv` (default: the process's own).
 
@@ -220,11 +153,11 @@ def load_config(argv: Sequence[str] | None = None) -> ServerConfig:
         command_line: CliSettingsSource[Any] = CliSettingsSource(ServerConfig, cli_parse_args=arguments)
         return ServerConfig(_cli_settings_source=command_line, **overrides)
     except ValidationError as error:
-        raise ConfigError(_describe(error)) from error
+        raise ConfigError(describe_value(error)) from error
     except SettingsError as error:
-        raise ConfigError(_describe_settings(_one_line(str(error)))) from error
+        raise ConfigError(describe_settings(one_line(str(error)))) from error
     except yaml.YAMLError as error:
-        raise ConfigError(f"--config: {file} is not valid YAML: {_one_line(str(error))}") from error
+        raise ConfigError(f"--config: {file} is not valid YAML: {one_line(str(error))}") from error
 
 
 def _kebab_case(argument: str) -> str:
@@ -246,33 +179,6 @@ def _config_file(arguments: Sequence[str]) -> Path | None:
     if not Path(name).is_file():
         raise ConfigError(f"--config: there is no file {name}")
     return Path(name)
-
-
-def _describe(error: ValidationError) -> str:
-    first = error.errors(include_url=False, include_input=False)[0]
-    message = first["msg"].removeprefix("Value error, ")
-    path = ".".join(str(part) for part in first["loc"])
-    if not path:
-        return _one_line(message)
-    flag = "--" + path.replace("_", "-")
-    if first["type"] == "extra_forbidden":
-        return f"{flag}: there is no such setting; --help lists them"
-    return _one_line(f"{flag}: {message[:1].lower()}{message[1:]}")
-
-
-def _describe_settings(message: str) -> str:
-    """What argparse and pydantic-settings say, with the flag first and the cure last."""
-    if unknown := re.search(r"unrecognized arguments: (\S+)", message):
-        return f"{unknown[1]}: there is no such flag; --help lists them"
-    if argument := re.search(r"argument (--\S+): (.*)", message):
-        return f"{argument[1]}: {argument[2]}"
-    if field := re.search(r'value for field "(\w+)"', message):
-        return f"--{field[1].replace('_', '-')}: cannot be read; give valid JSON, or one dotted flag per key"
-    return message
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
 
 
 def worker_link_fd() -> int:

@@ -9,15 +9,10 @@ import pytest
 from decoding import ACCEPTANCE_REFERENCES, METHODS, DecodingConfig
 from decoding.config import ACCEPTANCES
 from server import __main__, __version__
-from server.config import (
-    ConfigError,
-    ServerConfig,
-    is_loopback,
-    load_config,
-    worker_environment,
-    worker_link_fd,
-)
+from server.config import ServerConfig, load_config, worker_environment, worker_link_fd
+from server.config_errors import ConfigError
 from server.keys import key_digests, known_digest
+from server.network_config import is_loopback
 from server.report import fingerprint_source, system_fingerprint
 from server.speculative_config import Acceptance, AcceptanceReference, MethodName
 
