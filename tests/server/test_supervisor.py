@@ -10,7 +10,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 import pytest
 
 from decoding import DecodingConfig, SamplingParams
-from server import supervisor
+from server import transport
 from server.messages import (
     Event,
     FatalEvent,
@@ -66,7 +66,7 @@ Watch = Callable[[str], AbstractAsyncContextManager[Watched]]
 
 @pytest.fixture
 def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
-    monkeypatch.setattr(supervisor, "FIRST_BACKOFF_SECONDS", 0.01)
+    monkeypatch.setattr(transport, "FIRST_BACKOFF_SECONDS", 0.01)
 
     @asynccontextmanager
     async def start(target: str) -> AsyncIterator[Watched]:
