@@ -1,61 +1,26 @@
 """Load a target and a draft, check that they belong together and can be served, and say what they are."""
 
-import contextlib
 import hashlib
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils.hub import cached_file
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from decoding.checkpoint import Source, load_module, load_tokenizer, read_output_head, refuse_own_code
 from decoding.embedded import OUTPUT_HEAD_FILE
 from decoding.errors import ModelLoadError
 from decoding.host import to_host
-from decoding.linear import apply_float16_linear, float16_linear_available
-from decoding.model import CausalModel, ChatFormat, ModelPair, OutputHead, load_causal_lm
+from decoding.linear import apply_float16_linear
+from decoding.model import CausalModel, ChatFormat, ModelPair
+from decoding.precision import Precision, choose_device, choose_precision
 from decoding.probe import PROBE_ROWS, probe_tree, refusal
 from decoding.timing import timed
 
 MAX_MODEL_LEN = 4096
-DTYPES = ("auto", "float16", "bfloat16", "float32")
-DEVICES = ("auto", "cpu", "cuda")
 CACHE_DIR = Path.home() / ".cache" / "mmtad"
-
-
-@dataclass(frozen=True, slots=True)
-class _Source:
-    """A hub id or folder, and the file in it where it is GGUF."""
-
-    name: str
-    gguf_file: str | None
-
-    @classmethod
-    def of(cls, name: str) -> "_Source":
-        path = Path(name)
-        if path.suffix == ".gguf":
-            if not path.is_file():
-                raise ModelLoadError(f"model file {name!r} does not exist; check the path")
-            return cls(str(path.parent), path.name)
-        return cls(name, None)
-
-    @property
-    def label(self) -> str:
-        return self.gguf_file or Path(self.name).name
-
-
-@dataclass(frozen=True, slots=True)
-class _Precision:
-    """How weights are held: the dtype they are loaded in, and whether linear layers become float16."""
-
-    dtype: torch.dtype
-    float16_linear: bool
-    note: str
 
 
 def load_model_pair(
@@ -76,16 +41,16 @@ def load_model_pair(
         ModelLoadError: the files cannot be loaded, the vocabularies differ or a model cannot run token
             trees; one line that names the cause and the cure.
     """
-    place = _device(device)
-    precision = _precision(dtype, place)
-    sources = [_Source.of(name) for name in (target, draft) if name is not None]
+    place = choose_device(device)
+    precision = choose_precision(dtype, place)
+    sources = [Source.of(name) for name in (target, draft) if name is not None]
     for source in sources:
-        _refuse_own_code(source)
-    tokenizers = [_load_tokenizer(source) for source in sources]
+        refuse_own_code(source)
+    tokenizers = [load_tokenizer(source) for source in sources]
     if draft is not None:
         _check_vocabulary(*tokenizers)
-    heads = [None, *(_read_output_head(source) for source in sources[1:])]
-    loaded = [timed(_load_module, *each, precision) for each in zip(sources, heads, strict=True)]
+    heads = [None, *(read_output_head(source) for source in sources[1:])]
+    loaded = [timed(load_module, *each, precision.dtype) for each in zip(sources, heads, strict=True)]
     modules = [module for module, _ in loaded]
     vocab_size = min(len(tokenizers[0]), *(module.config.get_text_config().vocab_size for module in modules))
     context = _max_model_len(modules, max_model_len)
@@ -110,103 +75,6 @@ def load_model_pair(
         description=_describe(sources, modules, sizes, shares, precision, place),
         chat=ChatFormat.of(tokenizers[0]),
         load_seconds=dict(zip(("target", "draft"), (seconds for _, seconds in loaded), strict=False)),
-    )
-
-
-def _device(name: str) -> torch.device:
-    if name not in DEVICES:
-        raise ModelLoadError(f"device must be one of {', '.join(DEVICES)}, not {name!r}")
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ModelLoadError("device 'cuda' is not available here; use --device cpu")
-    if name == "cpu":
-        _use_all_cores()
-    return torch.device(name)
-
-
-def _use_all_cores() -> None:
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
-    # Allowed once per process, before the first parallel work; later pairs keep what the first one set.
-    with contextlib.suppress(RuntimeError):
-        torch.set_num_interop_threads(1)
-
-
-def _precision(dtype: str, device: torch.device) -> _Precision:
-    if dtype not in DTYPES:
-        raise ModelLoadError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
-    if device.type == "cuda":
-        name = ("bfloat16" if torch.cuda.is_bf16_supported() else "float16") if dtype == "auto" else dtype
-        return _Precision(getattr(torch, name), False, name)
-    if dtype == "bfloat16" and "AVX512" in torch.backends.cpu.get_cpu_capability():
-        return _Precision(torch.bfloat16, False, "bfloat16")
-    if dtype == "bfloat16":
-        return _Precision(torch.float32, False, "float32 (bfloat16 upcast: this CPU has no AVX-512)")
-    if dtype in ("auto", "float16") and float16_linear_available():
-        return _Precision(torch.float32, True, "float16 weights, float32 activations")
-    note = "float32" if dtype in ("auto", "float32") else "float32 (this CPU has no float16 linear layers)"
-    return _Precision(torch.float32, False, note)
-
-
-def _refuse_own_code(source: _Source) -> None:
-    if source.gguf_file:
-        return
-    try:
-        config, _ = PreTrainedConfig.get_config_dict(source.name)
-    except (OSError, ValueError) as cause:
-        raise _unreadable(source, cause) from cause
-    if "auto_map" in config:
-        raise ModelLoadError(
-            f"model {source.name!r} wants to run code of its own (auto_map in its config.json), which is "
-            "never done; use a model that transformers implements"
-        )
-
-
-def _load_tokenizer(source: _Source) -> PreTrainedTokenizerBase:
-    extra = {"gguf_file": source.gguf_file} if source.gguf_file else {}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source.name, trust_remote_code=False, **extra)
-    except (OSError, ValueError, KeyError, ImportError) as cause:
-        raise _unreadable(source, cause, "its tokenizer") from cause
-    if not tokenizer.is_fast:
-        raise ModelLoadError(f"model {source.name!r} has no fast tokenizer; add its tokenizer.json")
-    return tokenizer
-
-
-def _read_output_head(source: _Source) -> OutputHead | None:
-    """The head over part of the vocabulary that a draft may have instead of a full one."""
-    if source.gguf_file:
-        return None
-    path = cached_file(
-        source.name,
-        OUTPUT_HEAD_FILE,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
-    if path is None:
-        return None
-    try:
-        tensors = load_file(path)
-        head = OutputHead(tensors["lm_head.weight"], tensors["output_ids"].long())
-    except (OSError, KeyError, SafetensorError) as cause:
-        raise _unreadable(source, cause, f"its {OUTPUT_HEAD_FILE}") from cause
-    if head.weight.dim() != 2 or head.token_ids.shape != head.weight.shape[:1]:
-        raise _unreadable(source, ValueError("weight and ids do not fit"), f"its {OUTPUT_HEAD_FILE}")
-    return head
-
-
-def _load_module(source: _Source, head: OutputHead | None, precision: _Precision) -> PreTrainedModel:
-    try:
-        return load_causal_lm(source.name, gguf_file=source.gguf_file, dtype=precision.dtype, head=head)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as cause:
-        raise _unreadable(source, cause) from cause
-
-
-def _unreadable(source: _Source, cause: Exception, what: str = "the model") -> ModelLoadError:
-    reason = " ".join(str(cause).split()) or type(cause).__name__
-    return ModelLoadError(
-        f"cannot load {what} from {source.name!r}: {reason[:300]}; give a hub id, a folder with config.json, "
-        "tokenizer.json and safetensors, or a GGUF file"
     )
 
 
@@ -284,11 +152,11 @@ def _save_tokenizer(tokenizer: PreTrainedTokenizerBase) -> Path:
 
 
 def _describe(
-    sources: list[_Source],
+    sources: list[Source],
     modules: list[PreTrainedModel],
     sizes: list[int],
     shares: list[float],
-    precision: _Precision,
+    precision: Precision,
     device: torch.device,
 ) -> str:
     parts = [

@@ -17,7 +17,7 @@ HOST_COPIES = {"item", "tolist", "cpu", "numpy"}
 ONLY_IN = {
     "prometheus_client": {"server/metrics.py", "server/metrics_compat.py"},
     "zeus": {"server/energy_source.py"},
-    "safetensors": {"decoding/embedded.py", "decoding/loading.py"},
+    "safetensors": {"decoding/embedded.py", "decoding/checkpoint.py"},
     "pickle": set(),
 }
 READS_ENVIRONMENT = {("os", "environ"), ("os", "getenv"), ("sys", "argv")}

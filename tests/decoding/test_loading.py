@@ -181,30 +181,6 @@ def test_float16_is_told_with_its_share(checkpoint: Path) -> None:
     assert "float16 weights, float32 activations (" in description or "no float16 linear" in description
 
 
-@pytest.mark.parametrize(
-    ("capability", "dtype", "note"),
-    [
-        ("AVX512", torch.bfloat16, "bfloat16"),
-        ("AVX2", torch.float32, "float32 (bfloat16 upcast: this CPU has no AVX-512)"),
-    ],
-)
-def test_bfloat16_needs_a_processor_that_has_it(
-    capability: str, dtype: torch.dtype, note: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    precision = loading._precision("bfloat16", torch.device("cpu"))
-    assert (precision.dtype, precision.note) == (dtype, note)
-
-
-@pytest.mark.parametrize("dtype", ["auto", "float16", "float32"])
-def test_processor_without_float16_layers_computes_in_float32(
-    dtype: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(loading, "float16_linear_available", lambda: False)
-    precision = loading._precision(dtype, torch.device("cpu"))
-    assert (precision.dtype, precision.float16_linear) == (torch.float32, False)
-
-
 def test_threads_are_all_cores_that_the_process_may_use(checkpoint: Path) -> None:
     load(checkpoint)
     assert torch.get_num_threads() == len(os.sched_getaffinity(0))

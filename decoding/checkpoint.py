@@ -1,0 +1,105 @@
+"""Reads the files of one model: its weights, its tokenizer, a cut head.
+
+Whatever cannot be read raises `ModelLoadError`, one line that names the cause and the cure.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.hub import cached_file
+
+from decoding.embedded import OUTPUT_HEAD_FILE
+from decoding.errors import ModelLoadError
+from decoding.model import OutputHead, load_causal_lm
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A hub id or folder, and the file in it where it is GGUF."""
+
+    name: str
+    gguf_file: str | None
+
+    @classmethod
+    def of(cls, name: str) -> "Source":
+        """Of a hub id, a folder or a path that ends in `.gguf`."""
+        path = Path(name)
+        if path.suffix == ".gguf":
+            if not path.is_file():
+                raise ModelLoadError(f"model file {name!r} does not exist; check the path")
+            return cls(str(path.parent), path.name)
+        return cls(name, None)
+
+    @property
+    def label(self) -> str:
+        """What the load line calls it."""
+        return self.gguf_file or Path(self.name).name
+
+
+def refuse_own_code(source: Source) -> None:
+    """Raise where the model's configuration asks for code that comes with its files."""
+    if source.gguf_file:
+        return
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(source.name)
+    except (OSError, ValueError) as cause:
+        raise _unreadable(source, cause) from cause
+    if "auto_map" in config:
+        raise ModelLoadError(
+            f"model {source.name!r} wants to run code of its own (auto_map in its config.json), which is "
+            "never done; use a model that transformers implements"
+        )
+
+
+def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
+    """The model's fast tokenizer."""
+    extra = {"gguf_file": source.gguf_file} if source.gguf_file else {}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source.name, trust_remote_code=False, **extra)
+    except (OSError, ValueError, KeyError, ImportError) as cause:
+        raise _unreadable(source, cause, "its tokenizer") from cause
+    if not tokenizer.is_fast:
+        raise ModelLoadError(f"model {source.name!r} has no fast tokenizer; add its tokenizer.json")
+    return tokenizer
+
+
+def read_output_head(source: Source) -> OutputHead | None:
+    """The head over part of the vocabulary that a draft may have instead of a full one."""
+    if source.gguf_file:
+        return None
+    path = cached_file(
+        source.name,
+        OUTPUT_HEAD_FILE,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    if path is None:
+        return None
+    try:
+        tensors = load_file(path)
+        head = OutputHead(tensors["lm_head.weight"], tensors["output_ids"].long())
+    except (OSError, KeyError, SafetensorError) as cause:
+        raise _unreadable(source, cause, f"its {OUTPUT_HEAD_FILE}") from cause
+    if head.weight.dim() != 2 or head.token_ids.shape != head.weight.shape[:1]:
+        raise _unreadable(source, ValueError("weight and ids do not fit"), f"its {OUTPUT_HEAD_FILE}")
+    return head
+
+
+def load_module(source: Source, head: OutputHead | None, dtype: torch.dtype) -> PreTrainedModel:
+    """The model's weights in `dtype`, with `head` in the place of its own."""
+    try:
+        return load_causal_lm(source.name, gguf_file=source.gguf_file, dtype=dtype, head=head)
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as cause:
+        raise _unreadable(source, cause) from cause
+
+
+def _unreadable(source: Source, cause: Exception, what: str = "the model") -> ModelLoadError:
+    reason = " ".join(str(cause).split()) or type(cause).__name__
+    return ModelLoadError(
+        f"cannot load {what} from {source.name!r}: {reason[:300]}; give a hub id, a folder with config.json, "
+        "tokenizer.json and safetensors, or a GGUF file"
+    )
