@@ -25,11 +25,12 @@ if TYPE_CHECKING:
     from decoding.engine import Engine
     from decoding.loading import load_model_pair
     from decoding.model import ModelPair
-    from decoding.statistics import ForwardTime, StepStats
+    from decoding.statistics import ForwardTime, Retreat, StepStats
 
 _LAZY = {
     "Engine": "decoding.engine",
     "ForwardTime": "decoding.statistics",
+    "Retreat": "decoding.statistics",
     "StepStats": "decoding.statistics",
     "ModelPair": "decoding.model",
     "load_model_pair": "decoding.loading",
@@ -51,6 +52,7 @@ __all__ = [
     "ForwardTime",
     "ModelLoadError",
     "ModelPair",
+    "Retreat",
     "SamplingParams",
     "Sequence",
     "SequenceOutput",

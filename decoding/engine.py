@@ -6,20 +6,24 @@ from collections.abc import Sequence as Series
 
 import torch
 
-from decoding.batch import Batch, sequence_end_ids
+from decoding.batch import Batch
+from decoding.batch_limit import BatchLimit
 from decoding.config import Preset
+from decoding.delivery import deliver
+from decoding.device_errors import is_device_lost, is_out_of_memory, release_memory
 from decoding.draft_health import DraftHealth, without_draft
 from decoding.host import to_host
 from decoding.methods import METHODS_BY_NAME
-from decoding.methods.step import RowStep
 from decoding.model import ModelPair
 from decoding.rows import RowTable
 from decoding.sequence import FinishReason, Sequence, SequenceOutput, TokenLogProb, empty_output
+from decoding.sequence_checks import check_sequence
 from decoding.staging import Staging
-from decoding.statistics import StepStats
+from decoding.statistics import Admissions, Retreat, StepStats
 from decoding.timing import StepTimer
 
 PREFILL_CHUNK = 256
+Group = tuple[Preset, int]  # rows that share a pass: of one preset, and which part of them
 
 
 class Engine:
@@ -38,13 +42,16 @@ class Engine:
                 raise ValueError(f"max_num_seqs must be under the {model.cache.rows} rows of the caches")
         self._rows = RowTable([model.cache for model in self._models], max_num_seqs)
         self._waiting: deque[Sequence] = deque()
-        self._nothing_to_do: list[Sequence] = []
-        self._staging = Staging(self._models, max_num_seqs, prefill_chunk)
+        self._outputs: list[SequenceOutput] = []  # of the next step; one that raises leaves them
+        self._staging = Staging(self._models, max_num_seqs)
         self._timer = StepTimer({role: model.timer for role, model in pair.models.items()})
         self._prompt_log_probs: dict[str, list[TokenLogProb]] = {}
-        self._batches: dict[Preset, Batch] = {}
-        self._last_turn: dict[Preset, int] = {}
+        self._batches: dict[Group, Batch] = {}
+        self._last_turn: dict[Group, int] = {}
         self._num_steps = 0
+        self._num_added = 0
+        self._row_limit = BatchLimit(max_num_seqs)
+        self._chunk_limit = BatchLimit(prefill_chunk)
         self._draft_health = DraftHealth()
         self._trying: list[Sequence] = []  # what a step works at, so that one that raised can be undone
 
@@ -66,7 +73,7 @@ class Engine:
         return self._rows.num_free
 
     def has_work(self) -> bool:
-        return bool(self._rows.sequences or self._waiting or self._nothing_to_do)
+        return bool(self._rows.sequences or self._waiting or self._outputs)
 
     def cache_usage(self) -> dict[str, float]:
         """Committed share of each model's cache, 0 to 1, by role."""
@@ -82,13 +89,17 @@ class Engine:
         Raises:
             ValueError: the sequence cannot be decoded; the message names the field.
         """
-        self._validate(sequence)
+        if sequence.id in self._ids():
+            raise ValueError(f"id {sequence.id!r} is already being decoded")
+        check_sequence(sequence, self.pair)
+        self._num_added += 1
+        sequence.arrival = self._num_added
         if not self.draft_enabled:
             without_draft(sequence)
         if sequence.remaining > 0 or sequence.params.prompt_log_probs:
             self._waiting.append(sequence)
         else:
-            self._nothing_to_do.append(sequence)
+            self._outputs.append(empty_output(sequence, None))
 
     def cancel(self, sequence_id: str) -> bool:
         """Forget a sequence wherever it is; its row is free on return. False if it is not known."""
@@ -98,20 +109,22 @@ class Engine:
             self._clear(row)
             self._remove([row])
             return True
-        for queue in (self._waiting, self._nothing_to_do):
-            for sequence in queue:
-                if sequence.id == sequence_id:
-                    queue.remove(sequence)
-                    return True
-        return False
+        num_known = len(self._waiting) + len(self._outputs)
+        self._waiting = deque(each for each in self._waiting if each.id != sequence_id)
+        self._outputs = [each for each in self._outputs if each.id != sequence_id]
+        return len(self._waiting) + len(self._outputs) < num_known
 
-    def retreat(self) -> list[str] | None:
-        """After a step that raised: where the draft may be the cause, its sequences go on with `target`.
+    def retreat(self, error: Exception) -> Retreat | None:
+        """After a step that raised `error`: undo it, so that what can go on does.
 
-        Returns the ids of those that cannot, which are forgotten; None where the draft had no part in
-        it, so that the state of every sequence is in doubt.
+        Where memory ran out, its rows go on in smaller batches and the youngest waits again, once; what
+        then does not fit alone is lost. Where the draft may be the cause, its sequences go on with
+        `target`. None where it was neither, so that the state of every sequence is in doubt.
         """
         failed, self._trying = self._trying, []
+        if is_out_of_memory(error) and failed:
+            release_memory(error, self.pair.device)
+            return Retreat("out_of_memory", self._relieve(failed))
         if not any(sequence.config.uses_draft for sequence in failed):
             return None
         self._draft_health.note_failure(time.monotonic())
@@ -119,38 +132,57 @@ class Engine:
             self.cancel(sequence.id)
             if without_draft(sequence):
                 self._waiting.appendleft(sequence)
-        return [sequence.id for sequence in failed if sequence.config.uses_draft]
+        return Retreat("draft_failed", [sequence.id for sequence in failed if sequence.config.uses_draft])
+
+    def _relieve(self, failed: Series[Sequence]) -> list[str]:
+        """Less at once from now on; the sequence that is lost, if even alone it did not fit."""
+        youngest = max(failed, key=lambda sequence: sequence.arrival)
+        running = self._rows.find(youngest.id) is not None
+        limit = self._row_limit if running else self._chunk_limit
+        size = len(failed) if running else limit.size
+        limit.halve(size, time.monotonic())
+        self._batches.clear()
+        self._staging.begin_anew()
+        if youngest.ran_out_of_memory and size > 1:
+            return []
+        self.cancel(youngest.id)
+        if youngest.ran_out_of_memory:
+            limit.lift()
+            return [youngest.id]
+        youngest.ran_out_of_memory = True
+        self._waiting.appendleft(youngest)
+        return []
 
     @staticmethod
     def is_device_lost(error: Exception) -> bool:
         """Whether nothing will run on the device in this process any more."""
-        return isinstance(error, torch.AcceleratorError)
+        return is_device_lost(error)
 
     @torch.inference_mode()
     def step(self) -> list[SequenceOutput]:
         """Prefill at most one chunk, decode one group of rows, and return what was delivered."""
         started = time.monotonic()
         self._timer.begin()
-        outputs = [empty_output(sequence, None) for sequence in self._nothing_to_do]
-        self._nothing_to_do.clear()
-        prefill_id, prefill_tokens, cached_tokens, scored = self._admit()
-        outputs += scored
+        self._trying = []
+        admissions = self._admit()
         prefilled = time.monotonic()
         group = self._next_group()
         decoded = self._decode(*group) if group else []
-        outputs += decoded
+        outputs, self._outputs = [*self._outputs, *decoded], []
+        preset = group[0][0] if group else None
         forward_times = self._timer.end()
         self.last_step = StepStats(
-            method=group[0].method if group else None,
-            preset=group[0].name if group else None,
+            method=preset.method if preset else None,
+            preset=preset.name if preset else None,
             num_sequences=group[1].stop - group[1].start if group else 0,
             num_tree_nodes=max((output.num_draft_nodes for output in outputs), default=0),
-            prefill_tokens=prefill_tokens,
+            prefill_tokens=admissions.prefill_tokens,
             prefill_seconds=prefilled - started,
             decode_seconds=time.monotonic() - prefilled,
-            prefill_id=prefill_id,
+            prefill_id=admissions.prefill_id,
             decode_ids=tuple(output.id for output in decoded),
-            cached_prompt_tokens=cached_tokens,
+            cached_prompt_tokens=admissions.cached_tokens,
+            admitted_ids=tuple(admissions.admitted_ids),
             forward_times=forward_times,
         )
         return outputs
@@ -158,7 +190,7 @@ class Engine:
     def check_integrity(self) -> None:
         """Assert the invariants between sequences, rows, caches and device state."""
         self._rows.check_integrity()
-        ids = [each.id for each in (*self._rows.sequences, *self._waiting, *self._nothing_to_do)]
+        ids = self._ids()
         assert len(ids) == len(set(ids)), ids
         for batch in self._batches.values():
             sequences = self._rows.sequences[batch.rows]
@@ -170,52 +202,35 @@ class Engine:
             if batch.adjustments is not None:
                 batch.adjustments.check_integrity(sequences)
 
-    def _validate(self, sequence: Sequence) -> None:
-        if self._known(sequence.id):
-            raise ValueError(f"id {sequence.id!r} is already being decoded")
-        if not sequence.prompt_ids:
-            raise ValueError("prompt_ids must hold at least one token")
-        if not 0 <= min(sequence.prompt_ids) <= max(sequence.prompt_ids) < self.pair.vocab_size:
-            raise ValueError(f"prompt_ids must lie between 0 and {self.pair.vocab_size - 1}")
-        if not all(0 <= token_id < self.pair.vocab_size for token_id, _ in sequence.params.logit_bias):
-            raise ValueError(f"logit_bias must name token ids between 0 and {self.pair.vocab_size - 1}")
-        if sequence.params.num_top_log_probs > self.pair.vocab_size:
-            raise ValueError(f"num_top_log_probs must be at most {self.pair.vocab_size}")
-        if len(sequence.prompt_ids) + sequence.params.max_tokens > self.pair.max_model_len:
-            raise ValueError(f"max_tokens and the prompt must fit {self.pair.max_model_len} tokens together")
-        if sequence.config.uses_draft and not self.pair.has_draft:
-            raise ValueError(f"method {sequence.config.method!r} needs a draft model and none is loaded")
+    def _ids(self) -> list[str]:
+        known = [sequence.id for sequence in (*self._rows.sequences, *self._waiting)]
+        return known + [output.id for output in self._outputs]
 
-    def _known(self, sequence_id: str) -> bool:
-        queued = (*self._waiting, *self._nothing_to_do)
-        return self._rows.find(sequence_id) is not None or any(each.id == sequence_id for each in queued)
-
-    def _admit(self) -> tuple[str | None, int, int, list[SequenceOutput]]:
-        """Give free rows to the sequences whose prompt is prefilled.
-
-        Returns the sequence that a chunk was prefilled for, the tokens of the chunk, those that were
-        prefilled for others before, and the outputs of sequences that only wanted their prompt scored.
-        """
-        prefill_id, prefilled, cached, scored = None, 0, 0, []
+    def _admit(self) -> Admissions:
+        """Give free rows to the sequences whose prompt is prefilled."""
+        done = Admissions()
+        self._chunk_limit.ease(time.monotonic())
         while self._waiting and self._rows.num_free:
             sequence = self._waiting[0]
             self._trying = [sequence]
             if self._staging.ready(sequence):
-                cached += sequence.num_cached
+                done.cached_tokens += sequence.num_cached
             else:
-                if prefilled:
+                if done.prefill_tokens:
                     break
-                prefill_id, prefilled = sequence.id, self._staging.advance(sequence)
+                done.prefill_id = sequence.id
+                done.prefill_tokens = self._staging.advance(sequence, self._chunk_limit.size)
                 self._timer.charge("prefill", sequence.config.method, (sequence.id,))
                 if not self._staging.ready(sequence):
                     break
             self._waiting.popleft()
+            done.admitted_ids.append(sequence.id)
             prompt_log_probs = self._staging.prompt_log_probs(sequence)
             if sequence.remaining > 0:
                 self._insert(sequence, prompt_log_probs)
             else:
-                scored.append(empty_output(sequence, prompt_log_probs))
-        return prefill_id, prefilled, cached, scored
+                self._outputs.append(empty_output(sequence, prompt_log_probs))
+        return done
 
     def _insert(self, sequence: Sequence, prompt_log_probs: list[TokenLogProb] | None) -> None:
         self._rows.insert(sequence)
@@ -223,29 +238,42 @@ class Engine:
         if prompt_log_probs is not None:
             self._prompt_log_probs[sequence.id] = prompt_log_probs
 
-    def _next_group(self) -> tuple[Preset, slice] | None:
+    def _next_group(self) -> tuple[Group, slice] | None:
         """The group that has waited longest for a pass."""
-        groups = dict(self._rows.groups())
+        if self._row_limit.ease(time.monotonic()):
+            self._batches.clear()
+        groups = {
+            (preset, part): piece
+            for preset, rows in self._rows.groups()
+            for part, piece in enumerate(self._row_limit.split(rows))
+        }
         if not groups:
             return None
         # Presets are many: those that no row has any more are forgotten.
-        self._last_turn = {preset: self._last_turn.get(preset, -1) for preset in groups}
-        preset = min(self._last_turn, key=self._last_turn.__getitem__)
+        self._last_turn = {group: self._last_turn.get(group, -1) for group in groups}
+        group = min(self._last_turn, key=self._last_turn.__getitem__)
         self._num_steps += 1
-        self._last_turn[preset] = self._num_steps
-        return preset, groups[preset]
+        self._last_turn[group] = self._num_steps
+        return group, groups[group]
 
-    def _decode(self, preset: Preset, rows: slice) -> list[SequenceOutput]:
+    def _decode(self, group: Group, rows: slice) -> list[SequenceOutput]:
         sequences = self._trying = self._rows.sequences[rows]
-        batch = self._batches.get(preset)
+        batch = self._batches.get(group)
         if batch is None:
             batch = Batch.of(sequences, rows, self.pair.eos_token_ids, self.pair.vocab_size, self.pair.device)
-            self._batches[preset] = batch
-        step = METHODS_BY_NAME[preset.method].step(self.pair, batch)
+            self._batches[group] = batch
+        method = group[0].method
+        step = METHODS_BY_NAME[method].step(self.pair, batch)
         values = to_host(step.packed())
-        self._timer.charge("decode", preset.method, tuple(sequence.id for sequence in sequences))
+        self._timer.charge("decode", method, tuple(sequence.id for sequence in sequences))
         outputs = [
-            self._deliver(sequence, step.unpack(row_values), step.num_nodes)
+            deliver(
+                sequence,
+                step.unpack(row_values),
+                num_nodes=step.num_nodes,
+                eos_token_ids=self.pair.eos_token_ids,
+                prompt_log_probs=self._prompt_log_probs.pop(sequence.id, None),
+            )
             for sequence, row_values in zip(sequences, values, strict=True)
         ]
         self._rows.set_lengths(rows)
@@ -255,33 +283,6 @@ class Engine:
             self._clear(row)
         self._remove(ended)
         return outputs
-
-    def _deliver(self, sequence: Sequence, row: RowStep, num_nodes: int) -> SequenceOutput:
-        """Take one row of a step into its sequence, cut at the first end."""
-        sequence.num_steps += 1
-        prompt_log_probs = self._prompt_log_probs.pop(sequence.id, None)
-        if not row.finite:
-            return SequenceOutput(sequence.id, [], [], finish_reason=FinishReason.ERROR)
-        ends = sequence_end_ids(sequence, self.pair.eos_token_ids)
-        stop = next((index for index, token in enumerate(row.token_ids) if token in ends), None)
-        kept = len(row.token_ids) if stop is None else stop + 1
-        sequence.output_ids += row.token_ids[:kept]
-        reason = FinishReason.STOP if stop is not None else None
-        if reason is None and sequence.remaining <= 0:
-            reason = FinishReason.LENGTH
-        num_top = sequence.params.num_top_log_probs
-        return SequenceOutput(
-            id=sequence.id,
-            token_ids=row.token_ids[:kept],
-            log_probs=row.log_probs[:kept],
-            finish_reason=reason,
-            stop_token_id=None if stop is None else row.token_ids[stop],
-            num_draft_tokens=row.num_drafted,
-            num_draft_nodes=num_nodes,
-            num_accepted_tokens=row.num_accepted,
-            top_log_probs=[top[:num_top] for top in row.top_log_probs[:kept]] if num_top else None,
-            prompt_log_probs=prompt_log_probs,
-        )
 
     def _clear(self, row: int) -> None:
         for model in self._models:

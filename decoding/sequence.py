@@ -85,7 +85,8 @@ class Sequence:
 
     `choice` is prompt index times n plus the index of the choice: with `params.seed` and
     `num_steps` it selects the random numbers of each step. A sequence that is resumed after a
-    restart is given its delivered `output_ids` and the next unused `num_steps`.
+    restart is given its delivered `output_ids` and the next unused `num_steps`. `arrival` is its number
+    in the engine; `ran_out_of_memory` says that it was the youngest of a batch that was too large.
     """
 
     id: str
@@ -95,6 +96,8 @@ class Sequence:
     choice: int = 0
     output_ids: list[int] = field(default_factory=list)
     num_steps: int = 0
+    arrival: int = 0
+    ran_out_of_memory: bool = False
 
     @property
     def num_tokens(self) -> int:

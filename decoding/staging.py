@@ -17,10 +17,9 @@ class Staging:
     `models` are the target and, if there is one, the draft.
     """
 
-    def __init__(self, models: Series[CausalModel], row: int, chunk: int) -> None:
+    def __init__(self, models: Series[CausalModel], row: int) -> None:
         self._models = list(models)
         self._row = row
-        self._chunk = chunk
         self._token_ids: list[int] = []
         self._scores: list[TokenLogProb] = []
         self._scored: Sequence | None = None
@@ -29,14 +28,14 @@ class Staging:
         """Whether the row holds all that `sequence` must have cached; else it is emptied of other prompts."""
         cached = (sequence.prompt_ids + sequence.output_ids)[:-1]
         if cached != self._token_ids or not self._scores_fit(sequence):
-            self._begin(sequence, cached)
+            self._begin_with(cached, sequence if sequence.params.prompt_log_probs else None)
         return not self._pending(sequence)
 
-    def advance(self, sequence: Sequence) -> int:
-        """Prefill one chunk; returns its tokens. Call `ready` before and after."""
+    def advance(self, sequence: Sequence, most: int) -> int:
+        """Prefill a chunk of at most `most` tokens; returns its tokens. Call `ready` before and after."""
         models = self._pending(sequence)
         start = min(model.cache.lengths[self._row] for model in models)
-        chunk = self._token_ids[start : start + self._chunk]
+        chunk = self._token_ids[start : start + most]
         for model in models:
             if model.cache.lengths[self._row] == start:
                 scored = self._scored
@@ -46,14 +45,18 @@ class Staging:
                     self._score(model.prefill(self._row, chunk, keep=len(chunk)), scored, start)
         return len(chunk)
 
+    def begin_anew(self) -> None:
+        """Forget what the row holds, of which a pass that raised may have written a part."""
+        self._begin_with([], None)
+
     def prompt_log_probs(self, sequence: Sequence) -> list[TokenLogProb] | None:
         """Log-probs of the prompt's tokens from the second on, None if they were not asked for."""
         return list(self._scores) if sequence.params.prompt_log_probs else None
 
-    def _begin(self, sequence: Sequence, cached: list[int]) -> None:
+    def _begin_with(self, cached: list[int], scored: Sequence | None) -> None:
         self._token_ids = cached
         self._scores = []
-        self._scored = sequence if sequence.params.prompt_log_probs else None
+        self._scored = scored
         for model in self._models:
             model.cache.clear_row(self._row)
 

@@ -1,6 +1,6 @@
 """What an engine says of its last step, and where its time went."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 Phase = Literal["prefill", "decode"]
@@ -22,13 +22,24 @@ class ForwardTime:
     sequence_ids: tuple[str, ...]
 
 
+@dataclass(slots=True)
+class Admissions:
+    """What the first part of a step did, as `StepStats` tells it."""
+
+    prefill_id: str | None = None
+    prefill_tokens: int = 0
+    cached_tokens: int = 0
+    admitted_ids: list[str] = field(default_factory=list)
+
+
 @dataclass(frozen=True, slots=True)
 class StepStats:
     """What one engine step did, and for which sequences.
 
     Times are wall seconds, nodes are counted per row, roots apart. `prefill_id` is the sequence whose
     prompt was run, `decode_ids` are those of the group that was decoded, `preset` is its preset's name.
-    `cached_prompt_tokens` are those of admitted prompts that were in the cache already.
+    `cached_prompt_tokens` are those of admitted prompts that were in the cache already, `admitted_ids`
+    the sequences that were given a row, or that only wanted their prompt scored.
     """
 
     method: str | None = None
@@ -41,4 +52,13 @@ class StepStats:
     prefill_id: str | None = None
     decode_ids: tuple[str, ...] = ()
     cached_prompt_tokens: int = 0
+    admitted_ids: tuple[str, ...] = ()
     forward_times: tuple[ForwardTime, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Retreat:
+    """What a step that raised came to: its `cause`, and the ids of the sequences that cannot go on."""
+
+    cause: Literal["out_of_memory", "draft_failed"]
+    lost: list[str]

@@ -7,7 +7,7 @@ from typing import Any
 
 from server.admission import Job
 from server.choice_text import ChoiceText, Delta, Prefix, TextRules
-from server.errors import ApiError, InvalidRequestError, OverloadedError, ServerError
+from server.errors import OVERLOAD_MESSAGES, ApiError, InvalidRequestError, OverloadedError, ServerError
 from server.messages import FailedEvent, FinishedEvent, GenerateCommand, StepEvent
 from server.pool import WorkerPool
 from server.report import Report, usage
@@ -107,8 +107,8 @@ class Generation:
 
 
 def api_error(event: FailedEvent) -> ApiError:
-    if event.code == "draining":
-        return OverloadedError("draining")
+    if event.code in OVERLOAD_MESSAGES:
+        return OverloadedError(event.code)
     if event.code == "invalid_value":
         return InvalidRequestError(
             "The request cannot be decoded: check 'prompt' and 'max_tokens'.", code=event.code

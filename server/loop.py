@@ -8,7 +8,7 @@ from typing import Protocol
 
 import structlog
 
-from decoding import FinishReason, ForwardTime, Sequence, SequenceOutput, StepStats
+from decoding import FinishReason, ForwardTime, Retreat, Sequence, SequenceOutput, StepStats
 from server.energy import DECODE, PREFILL, EnergyMeter
 from server.ledger import Choice, Ticket
 from server.link import Outbox
@@ -23,6 +23,12 @@ from server.messages import (
     StopCommand,
 )
 
+# What its lost sequences are told of a step that raised: the code for the client, the words of the log.
+FAILURES = {
+    "out_of_memory": ("out_of_memory", "it does not fit the memory even alone"),
+    "draft_failed": ("worker_failed", "the draft failed"),
+}
+
 log = structlog.get_logger("server.worker")
 
 
@@ -34,7 +40,7 @@ class EngineLike(Protocol):
     def step(self) -> Iterable[SequenceOutput]: ...
     def has_work(self) -> bool: ...
     def cache_usage(self) -> dict[str, float]: ...
-    def retreat(self) -> list[str] | None: ...
+    def retreat(self, error: Exception) -> Retreat | None: ...
     def is_device_lost(self, error: Exception) -> bool: ...
     @property
     def draft_enabled(self) -> bool: ...
@@ -66,7 +72,6 @@ class WorkerLoop:
         self._meter = meter
         self._tickets: dict[str, Ticket] = {}
         self._choices: dict[str, tuple[Ticket, Choice]] = {}
-        self._waiting: dict[str, Ticket] = {}  # by sequence, in the order of admission
 
     def run(self) -> None:
         """Raises OSError when the link is down, and whatever the engine raises when it cannot go on."""
@@ -119,7 +124,6 @@ class WorkerLoop:
             self._meter.open(command.id, command.config.method)
         for choice in ticket.choices:
             self._choices[choice.sequence_id] = ticket, choice
-            self._waiting[choice.sequence_id] = ticket
 
     def _cancel(self, command: CancelCommand) -> None:
         ticket = self._tickets.get(command.id)
@@ -145,7 +149,6 @@ class WorkerLoop:
     ) -> None:
         if choice.decoded is None:
             self._engine.cancel(choice.sequence_id)
-        self._waiting.pop(choice.sequence_id, None)
         choice.end(reason, num_tokens)
 
     def _close_if_finished(self, ticket: Ticket) -> None:
@@ -160,7 +163,6 @@ class WorkerLoop:
             self._meter.forget(ticket.command.id)
         for choice in ticket.choices:
             self._choices.pop(choice.sequence_id, None)
-            self._waiting.pop(choice.sequence_id, None)
 
     def _step(self) -> None:
         started = time.monotonic()
@@ -170,13 +172,14 @@ class WorkerLoop:
             log.exception("step_failed", sequences=len(self._choices))
             if self._engine.is_device_lost(error):
                 raise
-            self._recover()
+            self._recover(error)
             return
-        self._note_admissions(started)
-        self._meter_step(self._engine.last_step)
+        last = self._engine.last_step
+        self._note_started([*last.admitted_ids, *(output.id for output in outputs)], started)
+        self._meter_step(last)
         for output in outputs:
             self._deliver(output)
-        self._report(self._engine.last_step)
+        self._report(last)
 
     def _meter_step(self, last: StepStats) -> None:
         """Who the step worked for: noted before its outputs end any of them."""
@@ -208,24 +211,23 @@ class WorkerLoop:
             choice.end(choice.decoded)
             self._close_if_finished(ticket)
 
-    def _note_admissions(self, now: float) -> None:
-        """The engine admits in order of arrival: all but the last `num_waiting` have left the queue."""
-        for sequence_id in list(self._waiting)[: len(self._waiting) - self._engine.num_waiting]:
-            ticket = self._waiting.pop(sequence_id)
-            if ticket.started is None:
-                ticket.started = now
+    def _note_started(self, sequence_ids: Iterable[str], now: float) -> None:
+        for sequence_id in sequence_ids:
+            if sequence_id in self._choices and self._choices[sequence_id][0].started is None:
+                self._choices[sequence_id][0].started = now
 
-    def _recover(self) -> None:
-        """After a step that raised: `target` takes over from a draft that fails."""
-        lost = self._engine.retreat()
-        if lost is None:
+    def _recover(self, error: Exception) -> None:
+        """After a step that raised: what can go on does, with less at once or without the draft."""
+        retreat = self._engine.retreat(error)
+        if retreat is None:
             self._fail_everything()
             return
-        log.error("draft_failed", draft_enabled=self._engine.draft_enabled)
-        for sequence_id in lost:
+        log.error(retreat.cause, lost=len(retreat.lost), draft_enabled=self._engine.draft_enabled)
+        code, reason = FAILURES[retreat.cause]
+        for sequence_id in retreat.lost:
             if sequence_id in self._choices:
-                self._fail(self._choices[sequence_id][0], "worker_failed", "the draft failed")
-        self._report(StepStats())
+                self._fail(self._choices[sequence_id][0], code, reason)
+        self._report(StepStats(), out_of_memory=retreat.cause == "out_of_memory")
 
     def _fail_everything(self) -> None:
         """A broken step may have left any row half done: all of them end here, the process goes on."""
@@ -239,7 +241,7 @@ class WorkerLoop:
         self._outbox.put(FailedEvent(id=ticket.command.id, code=code, message=message))
         self._forget(ticket)
 
-    def _report(self, last: StepStats) -> None:
+    def _report(self, last: StepStats, *, out_of_memory: bool = False) -> None:
         """What the step did, and the state that it or commands left behind."""
         self._outbox.put(
             StepStatsEvent(
@@ -255,6 +257,7 @@ class WorkerLoop:
                 cache_usage=self._engine.cache_usage(),
                 draft_enabled=self._engine.draft_enabled,
                 cached_prompt_tokens=last.cached_prompt_tokens,
+                out_of_memory=out_of_memory,
                 forward=_forward_stats(last.forward_times),
             )
         )

@@ -203,7 +203,10 @@ class ForwardStats(msgspec.Struct, frozen=True, array_like=True):
 
 
 class StepStatsEvent(Message, frozen=True, kw_only=True):
-    """One engine step, or with `method` None the state after commands without a step."""
+    """One engine step, or with `method` None the state after commands or a step that raised.
+
+    `out_of_memory` says that it raised because the device had no memory left.
+    """
 
     method: str | None
     preset: str | None = None
@@ -217,6 +220,7 @@ class StepStatsEvent(Message, frozen=True, kw_only=True):
     cache_usage: dict[str, float]
     draft_enabled: bool = True
     cached_prompt_tokens: int = 0
+    out_of_memory: bool = False
     forward: list[ForwardStats] = []
 
 

@@ -188,6 +188,9 @@ class Metrics:
     def _define_workers(self) -> None:
         self.worker_up = self._gauge("worker_up", "1 when the worker is ready.", ("worker",))
         self.worker_restarts = self._counter("worker_restarts", "Workers lost and replaced.", ("worker",))
+        self.out_of_memory = self._counter(
+            "out_of_memory", "Engine steps for which the device had no memory left.", ("worker",)
+        )
         self.draft_enabled = self._gauge("draft_enabled", "1 while the worker uses its draft.", ("worker",))
         self.load_seconds = self._gauge(
             "model_load_seconds", "Seconds the model's weights took to load.", ("worker", "role")
@@ -209,6 +212,7 @@ class Metrics:
             self.forward_seconds.labels(*labels).inc(forward.seconds)
             self.forward_passes.labels(*labels).inc(forward.num_passes)
         self.cached_prompt_tokens.labels(model).inc(event.cached_prompt_tokens)
+        self.out_of_memory.labels(worker).inc(event.out_of_memory)
         if event.method is not None:
             self.step_sequences.labels(event.method).observe(event.num_sequences)
             if event.num_tree_nodes:

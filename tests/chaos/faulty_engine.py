@@ -2,6 +2,7 @@
 
 import collections
 import json
+import math
 import os
 import signal
 import socket
@@ -9,6 +10,8 @@ import threading
 import time
 from pathlib import Path
 from typing import Any
+
+import torch
 
 import decoding
 from decoding import SequenceOutput
@@ -97,8 +100,9 @@ class FaultyEngine(Engine):
             "has_work": self.has_work(),
         }
 
-    def _holds(self, token_id: int | None) -> bool:
-        sequences = (*self._rows.sequences, *self._waiting)
+    def _holds(self, token_id: int | None, rows: slice | None = None) -> bool:
+        everywhere = (*self._rows.sequences, *self._waiting)
+        sequences = everywhere if rows is None else self._rows.sequences[rows]
         return token_id is not None and any(token_id in each.prompt_ids for each in sequences)
 
     def _spoil(self, role: str, model: CausalModel) -> None:
@@ -108,6 +112,9 @@ class FaultyEngine(Engine):
             orders = self.faults.read()
             if role == "draft" and orders.get("draft"):
                 raise RuntimeError("the draft is broken")
+            full = rows.stop - rows.start > orders.get("most_rows", math.inf)
+            if role == "target" and (full or self._holds(orders.get("no_memory_at"), rows)):
+                raise torch.OutOfMemoryError("no memory is left")
             logits = forward(rows, *args, **options)
             token_id = orders.get("nan_at")
             for row, sequence in enumerate(self._rows.sequences[rows]):

@@ -9,6 +9,8 @@ order faults by `FOLDER/faults.json`, which is read before each step:
     hang_at     a step with a sequence that holds this token never returns
     nan_at      the target gives no numbers to sequences that hold this token
     draft       the draft raises
+    most_rows   a pass of the target over more rows than these finds no memory
+    no_memory_at    ... nor does one with a sequence that holds this token
 """
 
 import json

@@ -134,7 +134,7 @@ MUTATIONS = (
     ),
     Mutation(
         "the token behind an end is delivered",
-        "decoding/engine.py",
+        "decoding/delivery.py",
         "kept = len(row.token_ids) if stop is None else stop + 1",
         "kept = len(row.token_ids) if stop is None else stop + 2",
         f"{ENGINE} -k proof_07",

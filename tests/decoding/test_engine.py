@@ -354,7 +354,7 @@ class Traffic:
             self.step()
         engine = self.engine
         engine.check_integrity()
-        known = engine.num_running + engine.num_waiting + len(engine._nothing_to_do)
+        known = engine.num_running + engine.num_waiting + len(engine._outputs)
         assert known == len(self.running)
         assert engine.num_free_rows == 4 - engine.num_running
         assert all(0 <= share <= 1 for share in engine.cache_usage().values())

@@ -147,13 +147,13 @@ def test_cancelled_sequences_scores_are_not_given_to_its_namesake(pair: ModelPai
 def test_both_models_take_the_same_chunks() -> None:
     """One that is ahead waits; each holds the prompt but its root in the end."""
     pair = make_pair(tiny_llama(), tiny_gpt2(), rows=3)
-    staging = Staging(list(pair.models.values()), 2, 4)
+    staging = Staging(list(pair.models.values()), 2)
     only_target, both = request("a", PROMPT, "target"), request("b", PROMPT, "mmtad")
     assert not staging.ready(only_target)
-    assert staging.advance(only_target) == 4
+    assert staging.advance(only_target, 4) == 4
     taken = []
     with torch.inference_mode():
         while not staging.ready(both):
-            taken.append(staging.advance(both))
+            taken.append(staging.advance(both, 4))
     assert taken == [4, 4, 1]
     assert [model.cache.lengths[2] for model in pair.models.values()] == [9, 9]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
-from decoding import FinishReason, ForwardTime, Sequence, SequenceOutput, StepStats
+from decoding import FinishReason, ForwardTime, Retreat, Sequence, SequenceOutput, StepStats
 from decoding.sequence import TokenLogProb, TopLogProbs
 from server.link import Outbox
 from server.loop import WorkerLoop
@@ -110,13 +110,17 @@ class ScriptedEngine:
     def num_waiting(self) -> int:
         return len(self._waiting)
 
+    @property
+    def _num_free(self) -> int:
+        return self.max_num_seqs - len(self._running)
+
     def has_work(self) -> bool:
         return bool(self._running or self._waiting)
 
     def cache_usage(self) -> dict[str, float]:
         return {"target": len(self._running) / self.max_num_seqs}
 
-    def retreat(self) -> list[str] | None:
+    def retreat(self, error: Exception) -> Retreat | None:
         return None
 
     def is_device_lost(self, error: Exception) -> bool:
@@ -142,8 +146,8 @@ class ScriptedEngine:
             self.gate.clear()
         if self.failures:
             raise self.failures.popleft()
-        while self._waiting and len(self._running) < self.max_num_seqs:
-            self._running.append(self._waiting.popleft())
+        admitted = [self._waiting.popleft() for _ in range(min(len(self._waiting), self._num_free))]
+        self._running += admitted
         rows = list(self._running)
         outputs = [self._advance(sequence) for sequence in rows]
         method = rows[0].config.method
@@ -154,6 +158,7 @@ class ScriptedEngine:
             len(rows),
             num_tree_nodes=4,
             decode_ids=ids,
+            admitted_ids=tuple(each.id for each in admitted),
             forward_times=(ForwardTime("target", "decode", method, 1, 0.001, ids),),
         )
         return outputs

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from decoding import DecodingConfig, FinishReason, SamplingParams, SequenceOutput
+from decoding import DecodingConfig, FinishReason, Retreat, SamplingParams, SequenceOutput
 from server.ledger import Choice
 from server.link import MAX_PENDING_STEP_STATS, Outbox, receive_command
 from server.loop import WorkerLoop
@@ -146,11 +146,11 @@ def test_a_lost_device_ends_the_worker() -> None:
 class DraftBreaks(ScriptedEngine):
     """Steps with `draft` rows raise; the other rows can go on."""
 
-    def retreat(self) -> list[str] | None:
+    def retreat(self, error: Exception) -> Retreat | None:
         lost = [each.id for each in self._running if each.config.method == "draft"]
         for sequence_id in lost:
             self.cancel(sequence_id)
-        return lost
+        return Retreat("draft_failed", lost)
 
 
 def test_a_broken_draft_ends_only_what_needs_it() -> None:

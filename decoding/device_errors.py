@@ -1,0 +1,28 @@
+"""What an error of the device means: memory that ran out comes back, a device that is lost does not."""
+
+import traceback
+
+import torch
+
+MEMORY_SIGNS = ("out of memory", "alloc_failed", "can't allocate memory")
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether only memory was missing: PyTorch's own error, that of a library, or of a CPU."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in MEMORY_SIGNS)
+
+
+def is_device_lost(error: Exception) -> bool:
+    """Whether nothing will run on the device in this process any more: every other error of CUDA."""
+    if is_out_of_memory(error):
+        return False
+    return isinstance(error, torch.AcceleratorError) or str(error).startswith("CUDA error")
+
+
+def release_memory(error: Exception, device: torch.device) -> None:
+    """Give back what the step that raised `error` still holds, and what the allocator keeps for later."""
+    traceback.clear_frames(error.__traceback__)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
