@@ -9,6 +9,7 @@ from torch import Tensor
 
 from decoding.adjustments import Adjustments
 from decoding.config import Preset
+from decoding.host import to_host
 from decoding.sampler import RowSampling, step_streams, to_log_probs
 from decoding.sequence import Sequence
 from decoding.token_tree import TokenTree
@@ -83,6 +84,12 @@ class Batch:
             num_top_log_probs=max(sequence.params.num_top_log_probs for sequence in sequences),
         )
 
+    def take_shape(self, preset: Preset) -> None:
+        """Decode the next step with another preset of the same method."""
+        if preset != self.preset:
+            self.preset = preset
+            self._begin_step()
+
     @property
     def depth(self) -> int:
         return self.preset.depth
@@ -124,6 +131,14 @@ class Batch:
         self._begin_step()
         if self.adjustments is not None:
             self.adjustments.advance(delivered, num_tokens)
+
+    def check_integrity(self, sequences: Series[Sequence]) -> None:
+        """Assert that the device holds what the sequences of its rows say."""
+        state = torch.stack([self.lengths, self.steps, self.remaining, *self.last_tokens.unbind(1)], 1)
+        expected = [[s.num_cached, s.num_steps, s.remaining, *s.last_tokens()] for s in sequences]
+        assert to_host(state) == expected, (state, expected)
+        if self.adjustments is not None:
+            self.adjustments.check_integrity(sequences)
 
 
 def sequence_end_ids(sequence: Sequence, eos_token_ids: Series[int]) -> frozenset[int]:

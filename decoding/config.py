@@ -9,6 +9,7 @@ AcceptanceReference = Literal["draft", "target"]
 Acceptance = Literal["token", "block"]
 
 METHODS: tuple[str, ...] = get_args(MethodName)
+ADAPTIVE_METHODS = ("speculative", "mtad", "mmtad")  # whose shape may change from step to step
 ACCEPTANCE_REFERENCES: tuple[str, ...] = get_args(AcceptanceReference)
 ACCEPTANCES: tuple[str, ...] = get_args(Acceptance)
 
@@ -26,6 +27,9 @@ class Preset:
     """What rows must share to be decoded in one pass; a number that the method does not use is 0.
 
     `candidates` are the children per level of `multi_candidate`, `replacement` how they are drawn.
+    `budget` is how many nodes of its tree `mmtad` verifies, the root apart; 0 for all. An `adaptive`
+    one is not run itself: each step takes a shape of at most its depth and width, or none at all
+    (depth 0: a plain step of the target).
     """
 
     method: str
@@ -34,22 +38,35 @@ class Preset:
     acceptance: str = "token"
     candidates: tuple[int, ...] = ()
     replacement: bool = False
+    budget: int = 0
+    adaptive: bool = False
 
     @property
     def num_nodes(self) -> int:
-        """Nodes of its tree, root included."""
+        """Nodes that its step verifies, root included."""
         if self.candidates:
             return 1 + sum(math.prod(self.candidates[:depth]) for depth in range(1, self.depth + 1))
-        return 1 + self.depth * self.width
+        return 1 + (self.budget or self.depth * self.width)
+
+    @property
+    def step_method(self) -> str:
+        """The method whose step it is: `target` where nothing is proposed."""
+        return "target" if self.method in ADAPTIVE_METHODS and not self.depth else self.method
 
     @property
     def name(self) -> str:
-        """Short and unique: `target`, `mmtad-4x4` (depth, width), `multi_candidate-4.2.2`, ..."""
+        """Short and unique: `target`, `mmtad-4x4` (depth, width), `mmtad-off`, `multi_candidate-4.2.2`..."""
         parts = [self.method]
         if self.candidates:
             parts.append(".".join(map(str, self.candidates)))
         elif self.depth:
             parts.append(f"{self.depth}x{self.width}")
+        elif self.step_method != self.method:
+            parts.append("off")
+        if self.budget:
+            parts.append(f"best{self.budget}")
+        if self.adaptive:
+            parts.append("adaptive")
         if self.acceptance != "token":
             parts.append(self.acceptance)
         if self.replacement:
@@ -71,7 +88,8 @@ class DecodingConfig:
     a prefix is accepted, `acceptance_reference` what the target's joint likelihood is compared with.
     `acceptance` is how `speculative` verifies, `candidates_per_level` the children that
     `multi_candidate` draws for every node (its length is the depth), `replacement` whether it draws
-    them independently.
+    them independently. `adaptive` lets `speculative`, `mtad` and `mmtad` choose depth and width anew
+    in every step, as far as the numbers here, by what they are expected to gain.
     Keys that the method does not use are validated and have no effect.
 
     Raises:
@@ -86,6 +104,7 @@ class DecodingConfig:
     acceptance: Acceptance = "token"
     candidates_per_level: tuple[int, ...] = (4, 2, 2)
     replacement: bool = False
+    adaptive: bool = False
 
     def __post_init__(self) -> None:
         _require(self.method in METHODS, f"method must be one of {', '.join(METHODS)}")
@@ -132,18 +151,25 @@ class DecodingConfig:
 
     @property
     def preset(self) -> Preset:
-        """Rows with equal presets share one pass."""
+        """Rows with equal presets share one pass; an adaptive one stands for all shapes that it may take."""
         match self.method:
             case "target" | "draft":
                 return Preset(self.method)
             case "speculative":
-                return Preset(self.method, self.num_speculative_tokens, 1, acceptance=self.acceptance)
+                return Preset(
+                    self.method,
+                    self.num_speculative_tokens,
+                    1,
+                    acceptance=self.acceptance,
+                    adaptive=self.adaptive,
+                )
             case "multi_candidate":
                 candidates = self.candidates_per_level
                 return Preset(
                     self.method, len(candidates), candidates=candidates, replacement=self.replacement
                 )
-        return Preset(self.method, self.num_speculative_tokens, self.beam_width)
+        adaptive = self.adaptive and self.method in ADAPTIVE_METHODS
+        return Preset(self.method, self.num_speculative_tokens, self.beam_width, adaptive=adaptive)
 
 
 def _require(condition: bool, message: str) -> None:

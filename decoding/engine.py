@@ -12,9 +12,9 @@ from decoding.config import Preset
 from decoding.delivery import deliver
 from decoding.device_errors import is_device_lost, is_out_of_memory, release_memory
 from decoding.draft_health import DraftHealth, without_draft
-from decoding.host import to_host
-from decoding.methods import METHODS_BY_NAME
+from decoding.group_step import GroupStepper
 from decoding.model import ModelPair
+from decoding.policy import Policy
 from decoding.rows import RowTable
 from decoding.sequence import FinishReason, Sequence, SequenceOutput, TokenLogProb, empty_output
 from decoding.sequence_checks import check_sequence
@@ -33,8 +33,16 @@ class Engine:
     grouping and truncation at EOS, stop ids and `max_tokens` happen here and nowhere else.
     """
 
-    def __init__(self, pair: ModelPair, max_num_seqs: int = 16, prefill_chunk: int = PREFILL_CHUNK) -> None:
+    def __init__(
+        self,
+        pair: ModelPair,
+        max_num_seqs: int = 16,
+        prefill_chunk: int = PREFILL_CHUNK,
+        *,
+        policy: Policy | None = None,
+    ) -> None:
         self.pair = pair
+        self._stepper = GroupStepper(pair, policy)
         self.last_step = StepStats()
         self._models = list(pair.models.values())
         for model in self._models:
@@ -94,6 +102,7 @@ class Engine:
         check_sequence(sequence, self.pair)
         self._num_added += 1
         sequence.arrival = self._num_added
+        self._stepper.accept(sequence)
         if not self.draft_enabled:
             without_draft(sequence)
         if sequence.remaining > 0 or sequence.params.prompt_log_probs:
@@ -173,7 +182,7 @@ class Engine:
         forward_times = self._timer.end()
         self.last_step = StepStats(
             method=preset.method if preset else None,
-            preset=preset.name if preset else None,
+            preset=decoded[0].preset if decoded else None,
             num_sequences=group[1].stop - group[1].start if group else 0,
             num_tree_nodes=max((output.num_draft_nodes for output in outputs), default=0),
             prefill_tokens=admissions.prefill_tokens,
@@ -193,14 +202,7 @@ class Engine:
         ids = self._ids()
         assert len(ids) == len(set(ids)), ids
         for batch in self._batches.values():
-            sequences = self._rows.sequences[batch.rows]
-            state = torch.stack(
-                [batch.lengths, batch.steps, batch.remaining, *batch.last_tokens.unbind(1)], 1
-            )
-            expected = [[s.num_cached, s.num_steps, s.remaining, *s.last_tokens()] for s in sequences]
-            assert to_host(state) == expected, (state, expected)
-            if batch.adjustments is not None:
-                batch.adjustments.check_integrity(sequences)
+            batch.check_integrity(self._rows.sequences[batch.rows])
 
     def _ids(self) -> list[str]:
         known = [sequence.id for sequence in (*self._rows.sequences, *self._waiting)]
@@ -213,6 +215,7 @@ class Engine:
         while self._waiting and self._rows.num_free:
             sequence = self._waiting[0]
             self._trying = [sequence]
+            self._stepper.prepare(sequence)
             if self._staging.ready(sequence):
                 done.cached_tokens += sequence.num_cached
             else:
@@ -262,19 +265,18 @@ class Engine:
         if batch is None:
             batch = Batch.of(sequences, rows, self.pair.eos_token_ids, self.pair.vocab_size, self.pair.device)
             self._batches[group] = batch
-        method = group[0].method
-        step = METHODS_BY_NAME[method].step(self.pair, batch)
-        values = to_host(step.packed())
-        self._timer.charge("decode", method, tuple(sequence.id for sequence in sequences))
+        step = self._stepper.step(group[0], batch, sequences)
+        self._timer.charge("decode", group[0].method, tuple(sequence.id for sequence in sequences))
         outputs = [
             deliver(
                 sequence,
-                step.unpack(row_values),
+                row,
+                shape=step.shape,
                 num_nodes=step.num_nodes,
                 eos_token_ids=self.pair.eos_token_ids,
                 prompt_log_probs=self._prompt_log_probs.pop(sequence.id, None),
             )
-            for sequence, row_values in zip(sequences, values, strict=True)
+            for sequence, row in zip(sequences, step.rows, strict=True)
         ]
         self._rows.set_lengths(rows)
         ended = [row for row, output in enumerate(outputs, rows.start) if output.finish_reason is not None]

@@ -140,11 +140,19 @@ class CausalModel:
         return logits[0]
 
     def forward(
-        self, rows: slice, lengths: Tensor, tree: TokenTree, *, first: int = 0, count: int | None = None
+        self,
+        rows: slice,
+        lengths: Tensor,
+        tree: TokenTree,
+        *,
+        first: int = 0,
+        count: int | None = None,
+        keep: int | None = None,
     ) -> Tensor:
         """Run `count` nodes of `tree` from node `first` on; earlier nodes must have been run already.
 
-        `lengths` `[rows]` are committed columns on the device. Returns logits `[rows, count, vocab]`.
+        `lengths` `[rows]` are committed columns on the device. Returns logits `[rows, count, vocab]`, or
+        only those of the last `keep` nodes.
         """
         end = tree.num_nodes if count is None else first + count
         live = self.cache.live_length(rows, tree.num_nodes)
@@ -165,7 +173,7 @@ class CausalModel:
                 mask=mask,
                 key_positions=keys.repeat(len(lengths), 1).scatter_(1, columns, positions),
             ),
-            keep=end - first,
+            keep=keep or end - first,
         )
 
     def catch_up(self, rows: slice, lengths: Tensor, last_tokens: Tensor) -> Tensor:

@@ -98,5 +98,6 @@ class RowTable:
 
 def _needed(sequence: Sequence, role: int) -> int:
     """Columns a sequence has committed in the target's (0) or the draft's (1) cache."""
-    used = sequence.config.uses_draft if role else sequence.config.uses_target
-    return sequence.num_cached if used else 0
+    if role:
+        return sequence.num_cached - sequence.draft_lag if sequence.config.uses_draft else 0
+    return sequence.num_cached if sequence.config.uses_target else 0

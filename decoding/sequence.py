@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from decoding.config import DecodingConfig
+from decoding.survival import SequenceSurvival
 
 GREEDY_TEMPERATURE = 1e-5
 
@@ -87,6 +88,8 @@ class Sequence:
     `num_steps` it selects the random numbers of each step. A sequence that is resumed after a
     restart is given its delivered `output_ids` and the next unused `num_steps`. `arrival` is its number
     in the engine; `ran_out_of_memory` says that it was the youngest of a batch that was too large.
+    `draft_lag` are the last cached tokens that the draft has not run, since the target went on alone;
+    `survival` tells what the sequence's steps are expected to deliver.
     """
 
     id: str
@@ -98,6 +101,8 @@ class Sequence:
     num_steps: int = 0
     arrival: int = 0
     ran_out_of_memory: bool = False
+    draft_lag: int = 0
+    survival: SequenceSurvival | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -116,6 +121,18 @@ class Sequence:
         """The last committed token and the root; the root twice where nothing precedes it."""
         ids = self.output_ids if len(self.output_ids) > 1 else self.prompt_ids + self.output_ids
         return ids[max(len(ids) - 2, 0)], ids[-1]
+
+    @property
+    def prefills_draft(self) -> bool:
+        """Whether the draft runs the prompt beside the target, or only once it is wanted."""
+        return self.config.uses_draft and not self.draft_lag
+
+    def draft_gap_ids(self) -> list[int]:
+        """The tokens that the draft must run to have all cached ones but the last."""
+        # The last cached token before the gap may be missing, too: nothing proposes before it is run again.
+        end = self.num_cached - 1
+        start = max(end - self.draft_lag, 0)
+        return (self.prompt_ids + self.output_ids)[start:end] if self.draft_lag else []
 
 
 TopLogProbs = tuple[tuple[int, float], ...]  # token ids with their log-probabilities, best first
@@ -142,7 +159,8 @@ class SequenceOutput:
     the likeliest tokens at each place, where they were asked for. `prompt_log_probs`, of the prompt
     from its second token on, come with the first output of a sequence that asked for them.
     `num_draft_tokens` is the depth proposed, `num_accepted_tokens` what the rule accepted, before
-    truncation at an end: the first tokens of the step, the rest are the target's own.
+    truncation at an end: the first tokens of the step, the rest are the target's own. `preset` is the
+    name of the step's shape.
     """
 
     id: str
@@ -155,6 +173,7 @@ class SequenceOutput:
     num_accepted_tokens: int = 0
     top_log_probs: list[TopLogProbs] | None = None
     prompt_log_probs: list[TokenLogProb] | None = None
+    preset: str | None = None
 
 
 def empty_output(sequence: Sequence, prompt_log_probs: list[TokenLogProb] | None) -> SequenceOutput:

@@ -66,7 +66,7 @@ class Staging:
         return self._scored is not None and _scoring_key(self._scored) == _scoring_key(sequence)
 
     def _pending(self, sequence: Sequence) -> list[CausalModel]:
-        used = (sequence.config.uses_target, sequence.config.uses_draft)
+        used = (sequence.config.uses_target, sequence.prefills_draft)
         return [
             model
             for model, is_used in zip(self._models, used, strict=False)

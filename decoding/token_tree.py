@@ -49,6 +49,18 @@ class TokenTree:
             finite=torch.ones(rows, dtype=torch.bool, device=device),
         )
 
+    @classmethod
+    def chain_of(cls, token_ids: Tensor) -> "TokenTree":
+        """Chains of known tokens `[rows, tokens]`, the first of which is the root."""
+        num_nodes = token_ids.shape[1]
+        chain = cls.of_roots(token_ids[:, 0], num_nodes)
+        chain.token_ids = token_ids
+        numbers = torch.arange(num_nodes, device=token_ids.device)
+        chain.depths = numbers.expand_as(token_ids)
+        chain.parents = (chain.depths - 1).clamp(min=0)
+        chain.ancestors = (numbers <= numbers[:, None]).expand(len(token_ids), -1, -1)
+        return chain
+
     @property
     def num_nodes(self) -> int:
         return self.token_ids.shape[1]
@@ -104,6 +116,28 @@ class TokenTree:
                 ended=self.ended.gather(1, node) & real[:, depth - 1 : depth],
             )
         return chain
+
+    def pruned(self, budget: int) -> tuple["TokenTree", Tensor]:
+        """The root and the `budget` nodes of highest joint q, and their numbers `[rows, nodes]` in this tree.
+
+        A path's q never rises, and the sort is stable over nodes numbered parents first, so a node that
+        is kept has kept its parent, equal scores too.
+        """
+        kept = self.draft_log_probs.sort(dim=1, descending=True, stable=True).indices[:, : 1 + budget]
+        places = torch.arange(kept.shape[1], device=kept.device).expand_as(kept)
+        place_of = torch.zeros_like(self.parents).scatter_(1, kept, places)
+        rows = kept[:, :, None].expand(-1, -1, self.num_nodes)
+        columns = kept[:, None, :].expand(-1, kept.shape[1], -1)
+        tree = TokenTree(
+            token_ids=self.token_ids.gather(1, kept),
+            parents=place_of.gather(1, self.parents.gather(1, kept)),
+            depths=self.depths.gather(1, kept),
+            draft_log_probs=self.draft_log_probs.gather(1, kept),
+            ended=self.ended.gather(1, kept),
+            ancestors=self.ancestors.gather(1, rows).gather(2, columns),
+            finite=self.finite,
+        )
+        return tree, kept
 
     def joint(self, conditional: Tensor) -> Tensor:
         """Sum of `conditional` `[rows, nodes]` over each node's path, its root left out."""

@@ -3,6 +3,7 @@
 (Qin et al., ICLR 2025.)
 """
 
+from decoding.acceptance import best_reference
 from decoding.batch import Batch
 from decoding.beam import propose_tree
 from decoding.methods.step import DecodeStep, joint_step
@@ -19,6 +20,7 @@ class MTAD:
         beam_path = tree.path(beams.best(), batch.depth)
         chain = tree.chain(beam_path)
         final_node = (beam_path > 0).sum(1)
-        step, _ = joint_step(pair, batch, chain, final_node)
+        reference = best_reference(chain, final_node, batch.limits, batch.depth)
+        step, _ = joint_step(pair, batch, chain, reference)
         pair.draft.commit(batch.rows, lengths, beam_path)
         return step

@@ -6,7 +6,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from decoding.acceptance import best_reference, longest_joint_prefix
+from decoding.acceptance import longest_joint_prefix
 from decoding.batch import Batch
 from decoding.model import CausalModel, ModelPair
 from decoding.sampler import Draw, sample, to_log_probs, uniforms
@@ -86,21 +86,19 @@ class Method(Protocol):
 
 
 def joint_step(
-    pair: ModelPair, batch: Batch, tree: TokenTree, final_nodes: Tensor
+    pair: ModelPair, batch: Batch, tree: TokenTree, draft_reference: Tensor
 ) -> tuple[DecodeStep, Tensor]:
     """Verify `tree` in one target pass and keep its longest joint prefix, then one token of the target's.
 
-    `final_nodes` `[rows]` is the final beam of highest joint q. The target's cache is left to the
-    caller to commit. Returns the step and the accepted path `[rows, depth]` of nodes.
+    `draft_reference` `[rows, nodes]` is `best_reference` of the tree that was proposed. The target's
+    cache is left to the caller to commit. Returns the step and the accepted path `[rows, depth]` of nodes.
     """
-    limits = batch.limits
     logits = pair.target.forward(batch.rows, batch.lengths, tree)
     adjusted = batch.adjusted(logits, tree)
     log_probs = to_log_probs(adjusted, batch.sampling, point_mass=False)
     joint = tree.joint(_conditional(tree, log_probs))
-    node = longest_joint_prefix(
-        tree, joint, _reference(tree, batch, log_probs, final_nodes, limits), batch.log_thresholds, limits
-    )
+    reference = _reference(tree, batch, log_probs, draft_reference)
+    node = longest_joint_prefix(tree, joint, reference, batch.log_thresholds, batch.limits)
     path = tree.path(node, batch.depth)
     next_log_probs = to_log_probs(gather_at(adjusted, node)[:, None], batch.sampling, point_mass=True)[:, 0]
     next_ids = sample(next_log_probs, uniforms(batch.streams, Draw.NEXT))
@@ -161,13 +159,10 @@ def _conditional(tree: TokenTree, log_probs: Tensor) -> Tensor:
     return log_probs.flatten(1).gather(1, flat).double()
 
 
-def _reference(
-    tree: TokenTree, batch: Batch, log_probs: Tensor, final_nodes: Tensor, limits: Tensor
-) -> Tensor:
+def _reference(tree: TokenTree, batch: Batch, log_probs: Tensor, draft_reference: Tensor) -> Tensor:
     """Each row's own reference `[rows, nodes]`: the best final beam's q, or the target's best choices."""
-    draft = best_reference(tree, final_nodes, limits, batch.depth)
     target = tree.joint(log_probs.amax(-1).double().gather(1, tree.parents))
-    return torch.where(batch.target_reference[:, None], target, draft)
+    return torch.where(batch.target_reference[:, None], target, draft_reference)
 
 
 def top_tokens(

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from decoding import Engine, FinishReason, ModelPair, Sequence, SequenceOutput
-from decoding import engine as engine_module
+from decoding import group_step as group_step_module
 from decoding.batch import sequence_end_ids
 from decoding.host import to_host
 from decoding.methods import METHODS_BY_NAME
@@ -786,7 +786,7 @@ def test_one_copy_to_the_host_per_step(close_pair: ModelPair, monkeypatch: pytes
         copies.append(values.shape)
         return to_host(values)
 
-    monkeypatch.setattr(engine_module, "to_host", counted)
+    monkeypatch.setattr(group_step_module, "to_host", counted)
     engine = Engine(close_pair, 8)
     for number in range(8):
         engine.add(

@@ -178,6 +178,7 @@ CONFIG_FIELDS = {
     "acceptance",
     "candidates_per_level",
     "replacement",
+    "adaptive",
 }
 
 

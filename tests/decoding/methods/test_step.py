@@ -7,11 +7,18 @@ from typing import Any
 import pytest
 import torch
 
-from decoding.beam import propose_tree
+from decoding.acceptance import best_reference
+from decoding.batch import Batch
+from decoding.beam import Beams, propose_tree
 from decoding.methods.step import joint_step, single_step
 from decoding.methods.target import SingleModel
+from decoding.token_tree import TokenTree
 from tests.decoding.laws import ADJUSTING, next_law, of_chain
 from tests.decoding.tiny import batch_of, random_markov, request, scripted_pair
+
+
+def draft_reference(batch: Batch, tree: TokenTree, beams: Beams) -> torch.Tensor:
+    return best_reference(tree, beams.best(), batch.limits, batch.depth)
 
 
 def test_packed_step_is_one_tensor_with_everything() -> None:
@@ -20,7 +27,7 @@ def test_packed_step_is_one_tensor_with_everything() -> None:
     sequences = [request("a", [1], max_tokens=9), request("b", [2], max_tokens=2, num_top_log_probs=3)]
     batch = batch_of(sequences, 5)
     tree, beams = propose_tree(pair.draft, batch)  # type: ignore[arg-type]
-    step, _ = joint_step(pair, batch, tree, beams.best())
+    step, _ = joint_step(pair, batch, tree, draft_reference(batch, tree, beams))
     packed = step.packed()
     width = batch.depth + 1
     assert packed.shape == (2, 4 + 2 * width + 2 * 3 * width)
@@ -74,7 +81,7 @@ def test_proof_08_joint_step_keeps_what_the_rule_says(
         sequence.output_ids += [3, 4, 1]
     batch = batch_of(sequences, 5, (eos,))
     tree, beams = propose_tree(pair.draft, batch)  # type: ignore[arg-type]
-    step, path = joint_step(pair, batch, tree, beams.best())
+    step, path = joint_step(pair, batch, tree, draft_reference(batch, tree, beams))
 
     def law(table: torch.Tensor, block: list[int]) -> list[float]:
         return next_law(of_chain(table), [2, 1], [3, 4, 1, *block], sequences[0].params, (eos,))
@@ -110,7 +117,7 @@ def test_log_probs_are_of_the_untransformed_target_at_the_tokens_own_parent() ->
     sequence = request("a", [1], temperature=0.5, top_k=2, max_tokens=9, acceptance_threshold=0, seed=3)
     batch = batch_of([sequence], 5)
     tree, beams = propose_tree(pair.draft, batch)  # type: ignore[arg-type]
-    step, _ = joint_step(pair, batch, tree, beams.best())
+    step, _ = joint_step(pair, batch, tree, draft_reference(batch, tree, beams))
     count = int(step.num_tokens)
     assert count == 5
     tokens = [1, *step.token_ids[0, :count].tolist()]
@@ -124,7 +131,7 @@ def test_block_that_ended_gets_no_bonus() -> None:
     pair = scripted_pair(p, p)
     batch = batch_of([request("a", [1], temperature=0, max_tokens=9)], 4, (0,))
     tree, beams = propose_tree(pair.draft, batch)  # type: ignore[arg-type]
-    step, _ = joint_step(pair, batch, tree, beams.best())
+    step, _ = joint_step(pair, batch, tree, draft_reference(batch, tree, beams))
     assert (step.num_tokens.item(), step.num_accepted.item(), step.token_ids[0, 0].item()) == (1, 1, 0)
 
 
@@ -159,5 +166,5 @@ def test_next_token_is_drawn_at_the_accepted_node() -> None:
     pair = scripted_pair(cycle, cycle)
     batch = batch_of([request("a", [2], temperature=0, max_tokens=9, num_speculative_tokens=3)], 5)
     tree, beams = propose_tree(pair.draft, batch)  # type: ignore[arg-type]
-    step, _ = joint_step(pair, batch, tree, beams.best())
+    step, _ = joint_step(pair, batch, tree, draft_reference(batch, tree, beams))
     assert step.token_ids[0].tolist() == [3, 4, 0, 1]

@@ -1,0 +1,194 @@
+"""Which shape the next step of a group takes: the one of the most expected tokens per second.
+
+What a step delivers is expected from survival averages, what it costs from the measured curve. The
+choice is made before anything is drawn and never from what is being drawn, so no law changes.
+"""
+
+import math
+from collections.abc import Sequence as Series
+from dataclasses import dataclass, field, replace
+
+from decoding.config import ADAPTIVE_METHODS, Preset
+from decoding.cost_curve import CostCurve, CostDrift
+from decoding.sequence import Sequence
+from decoding.survival import PairSurvival, SequenceSurvival
+
+HYSTERESIS = 1.05
+PROBE_STEPS = 16  # least steps between two probes
+PROBE_SHARE = 0.01  # of the time, in plain steps, that probes may lose
+PROBE_CREDIT = 1.0  # plain steps that they may lose at first
+MOST_CREDIT = 8.0
+STALE = 0.05  # what doubling the time since its last run adds to the appeal of a probe
+GAP_STEPS = 64  # over which the closing of a gap must pay
+DEPTHS = (1, 2, 4, 8, 16)
+WIDTHS = (2, 3, 4)
+
+
+def candidates(group: Preset) -> list[Preset]:
+    """The shapes that an adaptive group may take, off first: chains and trees within its depth and width."""
+    off = replace(group, depth=0, width=0, adaptive=False)
+    depths = _up_to(DEPTHS, group.depth)
+    shapes = [off, *(replace(off, depth=depth, width=1) for depth in depths)]
+    if group.method == "speculative":
+        return shapes
+    for width in _up_to(WIDTHS, group.width):
+        trees = [replace(off, depth=depth, width=width) for depth in depths]
+        shapes += [tree for tree in trees if _is_tried(group, tree)]
+        if group.method == "mmtad" and width == group.width > 2:
+            # Half of a tree of width 4 holds most of what is accepted, at half the price of verifying it.
+            shapes += [replace(tree, budget=2 * tree.depth) for tree in trees if tree.depth > 1]
+    return shapes
+
+
+def _up_to(numbers: Series[int], most: int) -> list[int]:
+    return [*(number for number in numbers if number < most), most]
+
+
+def _is_tried(group: Preset, tree: Preset) -> bool:
+    """The fewer shapes, the sooner each is known: of those in between only what a single level holds."""
+    if tree.width == 1:
+        return False
+    if group.method == "mtad":  # the best beam of a single level is the chain
+        return tree.depth > 1 and tree.width == group.width
+    return tree.depth == 1 or tree.width in (2, group.width)
+
+
+def all_candidates(depth: int, width: int) -> list[Preset]:
+    """What a curve must hold for sequences of every adaptive method with these numbers."""
+    groups = [Preset(method, depth, width, adaptive=True) for method in ADAPTIVE_METHODS]
+    return [shape for group in groups for shape in candidates(group) if shape.depth]
+
+
+@dataclass(slots=True)
+class _Group:
+    """Where a group stands: what it runs, when each family of shapes was run, what probes may lose."""
+
+    shapes: list[Preset]
+    current: Preset
+    steps: int = 0
+    last_probe: int = 0
+    credit: float = PROBE_CREDIT
+    last_run: dict[Preset, int] = field(default_factory=dict)
+
+    def age(self, shape: Preset) -> int:
+        """Steps since one of its family was run."""
+        return self.steps - self.last_run.get(_family(shape), -PROBE_STEPS * PROBE_STEPS)
+
+
+@dataclass(frozen=True, slots=True)
+class _Outlook:
+    """What a step of one shape should deliver, and its seconds; `gap_seconds` serve `horizon` steps."""
+
+    tokens: float
+    seconds: float
+    gap_seconds: float
+    horizon: float
+
+    @property
+    def rate(self) -> float:
+        """Tokens per second."""
+        return self.tokens / (self.seconds + self.gap_seconds / self.horizon)
+
+
+class Policy:
+    """Chooses for all adaptive groups of an engine, and learns from every step that they take."""
+
+    def __init__(self, costs: CostCurve) -> None:
+        self._costs = costs
+        self._survival = PairSurvival()
+        self._drift = CostDrift()
+        self._groups: dict[Preset, _Group] = {}
+
+    def choose(self, preset: Preset, sequences: Series[Sequence]) -> Preset:
+        """The shape of the next step of `sequences`, all of one adaptive `preset`."""
+        group = self._group(preset)
+        outlooks = {shape: self._outlook(shape, sequences) for shape in group.shapes}
+        group.current = _best(group, outlooks)
+        group.steps += 1
+        group.credit = min(group.credit + PROBE_SHARE, MOST_CREDIT)
+        return _probe(group, outlooks) or group.current
+
+    def uses_draft(self, preset: Preset) -> bool:
+        """Whether sequences of an adaptive `preset` are speculating now."""
+        return self._group(preset).current.depth > 0
+
+    def note(
+        self,
+        preset: Preset,
+        shape: Preset,
+        sequences: Series[Sequence],
+        accepted: Series[tuple[int, int]],
+        seconds: float,
+    ) -> None:
+        """Learn from a step: the depth proposed and accepted of each sequence, and its wall seconds."""
+        group = self._group(preset)
+        group.last_run[_family(shape)] = group.steps
+        for sequence, (num_drafted, num_accepted) in zip(sequences, accepted, strict=True):
+            if num_drafted:
+                self._of(sequence).note(shape, num_drafted, num_accepted)
+        self._drift.note(shape, seconds / self._costs.step(shape, len(sequences)))
+
+    def _group(self, preset: Preset) -> _Group:
+        group = self._groups.get(preset)
+        if group is None:
+            shapes = candidates(preset)
+            group = self._groups[preset] = _Group(shapes, shapes[0])
+        return group
+
+    def _of(self, sequence: Sequence) -> SequenceSurvival:
+        if sequence.survival is None:
+            sequence.survival = SequenceSurvival(
+                self._survival, sequence.config, greedy=sequence.params.greedy
+            )
+        return sequence.survival
+
+    def _outlook(self, shape: Preset, sequences: Series[Sequence]) -> _Outlook:
+        rows = len(sequences)
+        seconds = self._costs.step(shape, rows) * self._drift.of(shape)
+        if not shape.depth:
+            return _Outlook(rows, seconds, 0.0, 1.0)
+        tokens = sum(self._of(each).expected_tokens(shape, each.remaining) for each in sequences)
+        lag = max(sequence.draft_lag for sequence in sequences)
+        steps = sum(sequence.remaining for sequence in sequences) / tokens
+        return _Outlook(tokens, seconds, self._costs.gap(lag, rows), min(max(steps, 1.0), GAP_STEPS))
+
+
+def _family(shape: Preset) -> Preset:
+    """Shapes that are known once one of them is."""
+    return shape if shape.budget or not shape.depth else replace(shape, depth=1)
+
+
+def _best(group: _Group, outlooks: dict[Preset, _Outlook]) -> Preset:
+    """The shape of highest rate, if it is worth the change; back to plain steps as soon as they are."""
+    best = max(group.shapes, key=lambda shape: outlooks[shape].rate)  # of equals the first, the plainest
+    off, rate = group.shapes[0], outlooks[group.current].rate
+    if outlooks[best].rate > HYSTERESIS * rate:
+        return best
+    return off if outlooks[off].rate > rate else group.current
+
+
+def _probe(group: _Group, outlooks: dict[Preset, _Outlook]) -> Preset | None:
+    """Another shape for one step, if it is time to learn and what that may lose is allowed."""
+    if group.steps - group.last_probe < PROBE_STEPS:
+        return None
+    rate, plain = outlooks[group.current].rate, outlooks[group.shapes[0]].tokens
+
+    def loss(shape: Preset) -> float:
+        """In plain steps; the gap is closed for good, but whether that was of use is not known yet."""
+        each = outlooks[shape]
+        return max((each.seconds + each.gap_seconds) * rate - each.tokens, 0.0) / plain
+
+    def appeal(shape: Preset) -> float:
+        return outlooks[shape].rate * (1 + STALE * math.log2(group.age(shape)))
+
+    affordable = [
+        shape
+        for shape in group.shapes
+        if group.age(shape) >= PROBE_STEPS and shape != group.current and loss(shape) <= group.credit
+    ]
+    if not affordable:
+        return None
+    chosen = max(affordable, key=appeal)
+    group.last_probe = group.steps
+    group.credit -= loss(chosen)
+    return chosen

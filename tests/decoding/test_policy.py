@@ -1,0 +1,179 @@
+"""The choice of a step's shape, on made-up costs and made-up acceptance: no model, no clock."""
+
+import random
+from collections import Counter
+from collections.abc import Callable
+
+import pytest
+
+from decoding import DecodingConfig, SamplingParams, Sequence
+from decoding.config import Preset
+from decoding.cost_curve import GAP, PLAIN, CostCurve
+from decoding.policy import (
+    MOST_CREDIT,
+    PROBE_SHARE,
+    Policy,
+    all_candidates,
+    candidates,
+)
+
+GROUP = DecodingConfig(adaptive=True).preset
+OFF = candidates(GROUP)[0]
+CHAIN = Preset("mmtad", 1, 1)
+Chance = Callable[[Preset, int], float]  # shape and depth to the chance that its token there survives
+
+
+def curve(per_node: float = 0.1, per_draft_pass: float = 0.2) -> CostCurve:
+    """A pass of the target over n nodes takes 1 + per_node * (n - 1), one of the draft its part of that."""
+
+    def target(nodes: int) -> float:
+        return 1 + per_node * (nodes - 1)
+
+    def step(shape: Preset, rows: int) -> float:
+        verified = shape.depth + 1 if shape.method == "mtad" else shape.num_nodes
+        return target(rows * verified) + shape.depth * per_draft_pass * target(rows * shape.width)
+
+    sizes = (1, 4, 16)
+    points = {shape.name: [(n, step(shape, n)) for n in sizes] for shape in all_candidates(4, 4)}
+    points |= {PLAIN.name: [(n, target(n)) for n in sizes], GAP: [(n, 0.5 * target(n)) for n in sizes]}
+    return CostCurve(sizes, points)
+
+
+class Run:
+    """Plays the engine's part: rows that deliver what `chance` lets survive, at the price of `costs`."""
+
+    def __init__(self, costs: CostCurve, chance: Chance, group: Preset = GROUP, seed: int = 0) -> None:
+        self.policy, self.costs, self.chance, self.group = Policy(costs), costs, chance, group
+        self.random = random.Random(seed)
+        self.seconds = self.tokens = 0.0
+        self.shapes: list[Preset] = []
+
+    def sequences(self, rows: int, max_tokens: int = 100_000) -> list[Sequence]:
+        config = DecodingConfig(self.group.method, adaptive=True)  # type: ignore[arg-type]
+        return [Sequence(str(n), [1], SamplingParams(max_tokens=max_tokens), config) for n in range(rows)]
+
+    def steps(self, sequences: list[Sequence], count: int) -> "Run":
+        for _ in range(count):
+            self.step(sequences)
+        return self
+
+    def step(self, sequences: list[Sequence]) -> None:
+        shape = self.policy.choose(self.group, sequences)
+        rows, seconds = len(sequences), self.costs.step(shape, len(sequences))
+        if shape.depth:
+            self.seconds += self.costs.gap(max(each.draft_lag for each in sequences), rows)
+        accepted = []
+        for sequence in sequences:
+            limit = min(shape.depth, sequence.remaining - 1)
+            survived = next(
+                (depth for depth in range(limit) if self.random.random() >= self.chance(shape, depth)), limit
+            )
+            accepted.append((limit, survived))
+            sequence.output_ids += [0] * (survived + 1)
+            sequence.draft_lag = 0 if shape.depth else sequence.draft_lag + survived + 1
+            self.tokens += survived + 1
+        self.policy.note(self.group, shape, sequences, accepted, seconds)
+        self.seconds += seconds
+        self.shapes.append(shape)
+
+    @property
+    def rate(self) -> float:
+        return self.tokens / self.seconds
+
+
+def never(shape: Preset, depth: int) -> float:
+    return 0.0
+
+
+def always(shape: Preset, depth: int) -> float:
+    return 1.0
+
+
+def weak(shape: Preset, depth: int) -> float:
+    return {1: 0.35, 2: 0.5, 3: 0.55, 4: 0.6}[shape.width]
+
+
+def test_shapes_are_off_chains_and_trees() -> None:
+    shapes = candidates(GROUP)
+    assert (shapes[0].name, shapes[0].step_method) == ("mmtad-off", "target")
+    assert [shape.name for shape in shapes if shape.width == 1] == ["mmtad-1x1", "mmtad-2x1", "mmtad-4x1"]
+    assert {shape.width for shape in shapes[1:]} == {1, 2, 3, 4}
+    assert [shape.name for shape in shapes if shape.budget] == ["mmtad-2x4-best4", "mmtad-4x4-best8"]
+    assert len(set(shapes)) == len(shapes)
+    assert not any(shape.adaptive for shape in shapes)
+    chains = candidates(DecodingConfig("speculative", adaptive=True, acceptance="block").preset)
+    assert [shape.name for shape in chains] == [
+        "speculative-off-block",
+        "speculative-1x1-block",
+        "speculative-2x1-block",
+        "speculative-4x1-block",
+    ]
+    beams = candidates(DecodingConfig("mtad", adaptive=True).preset)
+    assert [shape.name for shape in beams[4:]] == ["mtad-2x4", "mtad-4x4"]
+
+
+@pytest.mark.parametrize(("depth", "width"), [(1, 1), (3, 1), (1, 4), (3, 8), (16, 4)])
+def test_shapes_stay_within_the_numbers_given(depth: int, width: int) -> None:
+    for method in ("speculative", "mtad", "mmtad"):
+        shapes = candidates(Preset(method, depth, width, adaptive=True))
+        assert max(shape.depth for shape in shapes) == depth
+        assert max(shape.width for shape in shapes) == (
+            width if method == "mmtad" else max(shape.width for shape in shapes)
+        )
+        assert all(shape.width <= width and shape.num_nodes <= 1 + depth * width for shape in shapes)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 16, 40])
+@pytest.mark.parametrize("chance", [never, weak, always])
+def test_never_slower_than_plain_steps_by_more_than_probing(chance: Chance, rows: int) -> None:
+    """First tries apart, which a hopeful guess costs once, at most what probes may lose is lost."""
+    run = Run(curve(), chance)
+    sequences = run.sequences(rows)
+    run.steps(sequences, 60)
+    plain_rate = rows / run.costs.step(OFF, rows)
+    first_loss = run.seconds * plain_rate / rows - run.tokens / rows  # in plain steps
+    assert first_loss < 40
+    run.seconds = run.tokens = 0.0
+    run.steps(sequences, 500)
+    lost = run.seconds * plain_rate / rows - run.tokens / rows
+    assert lost <= PROBE_SHARE * 500 + MOST_CREDIT
+    assert run.rate >= 0.97 * plain_rate
+
+
+def test_good_draft_is_used_to_the_full_and_a_bad_one_left_alone() -> None:
+    good = Run(curve(), always)
+    good.steps(good.sequences(1), 200)
+    assert Counter(good.shapes[100:]).most_common(1)[0][0].depth == 4
+    bad = Run(curve(), never)
+    bad.steps(bad.sequences(1), 300)
+    assert Counter(bad.shapes[100:])[OFF] > 180
+
+
+def test_choice_follows_the_load() -> None:
+    """Verification is nearly free for one row and not for sixteen."""
+    run = Run(curve(per_draft_pass=0.05), weak)
+    rows = run.sequences(16)
+    run.steps(rows[:1], 300)
+    alone = Counter(run.shapes[150:])
+    run.shapes.clear()
+    run.steps(rows, 300)
+    together = Counter(run.shapes[50:])
+    assert alone[OFF] < 75
+    assert together[OFF] > 200
+    run.shapes.clear()
+    run.steps(rows[:1], 300)
+    assert Counter(run.shapes[150:])[OFF] < 75
+
+
+def test_a_small_advantage_changes_nothing() -> None:
+    """Two shapes within 5 % of each other: whatever runs goes on, but for probes."""
+    costs = curve()
+    chain = costs.points["mmtad-1x1"][0][1]
+    for worth, expected in ((1.04, OFF), (1.12, CHAIN)):
+        points = {name: [(1, 99.0)] for name in costs.points}
+        points |= {PLAIN.name: [(1, 1.0)], "mmtad-1x1": [(1, 1.5 / worth)], GAP: [(1, 0.01)]}
+        run = Run(CostCurve((1,), points), lambda shape, depth: 0.5)
+        sequences = run.sequences(1)
+        run.steps(sequences, 2000)
+        assert Counter(run.shapes[200:]).most_common(1)[0][0] == expected
+    assert chain > 1
