@@ -22,6 +22,7 @@ CATCH_UP = 0  # stands for the tokens of a draft pass that catches up
 TARGET_TOKENS = (1, 2, 4, 5, 8, 13, 17, 33)
 DRAFT_TOKENS = (CATCH_UP, 1, 2, 4, 8)
 Pass = tuple[str, int]  # role, tokens per row
+Clock = Callable[[], float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +98,20 @@ def measure_costs(
     pair: ModelPair, passes: Iterable[Pass], *, batch: int, context: int, rounds: int = 25
 ) -> CostTable:
     """Time every pass once per round, all of them in turn, behind `context` committed tokens per row."""
+    seconds = time_passes(pair, passes, batch=batch, context=context, rounds=rounds)
+    return CostTable(batch, context, seconds, copy_bandwidth(pair.device))
+
+
+def time_passes(
+    pair: ModelPair,
+    passes: Iterable[Pass],
+    *,
+    batch: int,
+    context: int,
+    rounds: int,
+    clock: Clock = time.perf_counter,
+) -> dict[Pass, float]:
+    """Median seconds of each pass by `clock`, the caches left empty."""
     runs = {each: _runner(pair, *each, batch, context) for each in sorted(passes)}
     samples: dict[Pass, list[float]] = {each: [] for each in runs}
     for model in pair.models.values():
@@ -104,14 +119,13 @@ def measure_costs(
     try:
         for number in range(rounds + 2):
             for each, run in runs.items():
-                seconds = _seconds(run, pair.device)
+                seconds = _seconds(run, pair.device, clock)
                 if number >= 2:  # the first rounds only warm up
                     samples[each].append(seconds)
     finally:
         for model in pair.models.values():
             model.cache.lengths[:batch] = [0] * batch
-    medians = {each: statistics.median(values) for each, values in samples.items()}
-    return CostTable(batch, context, medians, copy_bandwidth(pair.device))
+    return {each: statistics.median(values) for each, values in samples.items()}
 
 
 def _runner(pair: ModelPair, role: str, tokens: int, batch: int, context: int) -> Callable[[], object]:
@@ -125,13 +139,13 @@ def _runner(pair: ModelPair, role: str, tokens: int, batch: int, context: int) -
     return lambda: model.forward(rows, lengths, tree)
 
 
-def _seconds(run: Callable[[], object], device: torch.device) -> float:
-    started = time.perf_counter()
+def _seconds(run: Callable[[], object], device: torch.device, clock: Clock = time.perf_counter) -> float:
+    started = clock()
     with torch.inference_mode():
         run()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter() - started
+    return clock() - started
 
 
 def copy_bandwidth(device: torch.device, size: int = 1 << 27) -> float:

@@ -30,11 +30,13 @@ class Timing:
     """Seconds of the steps in which every row was taken, and of the whole run.
 
     `step_seconds` are wall seconds of one step each, `step_tokens` what it delivered in all rows,
-    `cpu_seconds` those of the whole process for `num_tokens` tokens, prefill included.
+    `step_cpu_seconds` the process's CPU seconds of those steps that ran no prompt, `cpu_seconds` those of
+    the whole run for `num_tokens` tokens, prefill included.
     """
 
     step_seconds: list[float] = field(default_factory=list)
     step_tokens: list[int] = field(default_factory=list)
+    step_cpu_seconds: list[float] = field(default_factory=list)
     cpu_seconds: float = 0.0
     num_tokens: int = 0
 
@@ -61,8 +63,10 @@ def generate(
     timing = Timing()
     started = time.process_time()
     while engine.has_work():
-        tokens = 0
-        for output in engine.step():
+        tokens, before = 0, time.process_time()
+        outputs = engine.step()
+        cpu_seconds = time.process_time() - before
+        for output in outputs:
             result = results[int(output.id)]
             result.token_ids += output.token_ids
             result.log_probs += output.log_probs
@@ -75,6 +79,8 @@ def generate(
         if engine.last_step.num_sequences == batch:
             timing.step_seconds.append(engine.last_step.decode_seconds)
             timing.step_tokens.append(tokens)
+            if not engine.last_step.prefill_tokens:
+                timing.step_cpu_seconds.append(cpu_seconds)
     timing.cpu_seconds = time.process_time() - started
     return results, timing
 
