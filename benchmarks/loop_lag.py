@@ -1,10 +1,10 @@
-"""How late a server's event loop runs, and how long /metrics takes, while streams and broken requests arrive.
+"""How late a server's event loop runs, and how long its probes take, under streams and broken requests.
 
     python -m benchmarks.loop_lag --url http://127.0.0.1:8000 --seconds 60
 
 Prints one JSON object: percentiles of `mmtad_event_loop_lag_seconds` over the run, each the upper bound of
-the histogram's bucket in which it lies, how long scrapes of /metrics took, and what the requests were
-answered.
+the histogram's bucket in which it lies, how long /health, /ready and /metrics took, and what the requests
+were answered.
 """
 
 import argparse
@@ -24,10 +24,12 @@ from prometheus_client.parser import text_string_to_metric_families
 METRIC = "mmtad_event_loop_lag_seconds"
 NUM_STREAMS = 32
 PER_KIND = 2  # clients of each kind of broken request
-SCRAPE_PAUSE_SECONDS = 0.05
+PROBES = ("/health", "/ready", "/metrics")
+PROBE_PAUSE_SECONDS = 0.05
 MEBIBYTE = 2**20
 
 Bodies = Callable[[random.Random, str], bytes]
+Buckets = dict[float, float]
 
 
 def valid(model: str, **fields: Any) -> bytes:
@@ -72,7 +74,7 @@ class Load:
 
     def __init__(self, client: httpx.AsyncClient, model: str) -> None:
         self.answers: collections.Counter[str] = collections.Counter()
-        self.scrapes: list[float] = []  # seconds
+        self.probes: dict[str, list[float]] = {path: [] for path in PROBES}  # seconds
         self._client = client
         self._model = model
 
@@ -89,12 +91,14 @@ class Load:
         while True:
             await self._send(name, bodies(rng, self._model))
 
-    async def scrape(self) -> None:
-        """As Prometheus does, but more often; in a thread, which this program's own load does not hold up."""
+    async def probe(self) -> None:
+        """As Prometheus and balancers do, but more often; in a thread, which this program's own load
+        does not hold up.
+        """
         with httpx.Client(base_url=self._client.base_url, timeout=60) as client:
-            while True:
-                self.scrapes.append(await asyncio.to_thread(seconds_of_scrape, client))
-                await asyncio.sleep(SCRAPE_PAUSE_SECONDS)
+            for path in itertools.cycle(PROBES):
+                self.probes[path].append(await asyncio.to_thread(seconds_of, client, path))
+                await asyncio.sleep(PROBE_PAUSE_SECONDS)
 
     async def _send(self, name: str, body: bytes) -> None:
         headers = {"content-type": "application/json"}
@@ -105,13 +109,13 @@ class Load:
             self.answers[f"{name} {type(error).__name__}"] += 1
 
 
-def seconds_of_scrape(client: httpx.Client) -> float:
+def seconds_of(client: httpx.Client, path: str) -> float:
     started = time.perf_counter()
-    client.get("/metrics").raise_for_status()
+    client.get(path).raise_for_status()
     return time.perf_counter() - started
 
 
-async def lag_buckets(client: httpx.AsyncClient) -> dict[float, float]:
+async def lag_buckets(client: httpx.AsyncClient) -> Buckets:
     """Cumulative counts by upper bound; raises ValueError where the server does not measure its lag."""
     response = await client.get("/metrics")
     samples = (
@@ -126,7 +130,11 @@ async def lag_buckets(client: httpx.AsyncClient) -> dict[float, float]:
     return buckets
 
 
-def percentile(buckets: dict[float, float], share: float) -> float:
+def buckets_between(before: Buckets, after: Buckets) -> Buckets:
+    return {bound: count - before[bound] for bound, count in after.items()}
+
+
+def percentile(buckets: Buckets, share: float) -> float:
     """The upper bound of the bucket that holds this share of the observations."""
     total = max(buckets.values())
     return min(bound for bound, count in buckets.items() if count >= share * total)
@@ -137,6 +145,14 @@ def quantile(values: list[float], share: float) -> float:
     return sorted(values)[math.ceil(share * len(values)) - 1]
 
 
+def summary(seconds: list[float]) -> dict[str, float]:
+    quantiles = {
+        "p50_seconds": round(quantile(seconds, 0.5), 4),
+        "p99_seconds": round(quantile(seconds, 0.99), 4),
+    }
+    return {"count": len(seconds), **quantiles}
+
+
 async def measure(url: str, seconds: float, *, broken: bool = True) -> dict[str, Any]:
     """The lag of the server at `url` under load for `seconds`; without `broken`, of streams alone."""
     limits = httpx.Limits(max_connections=None)
@@ -144,7 +160,7 @@ async def measure(url: str, seconds: float, *, broken: bool = True) -> dict[str,
         model = (await client.get("/v1/models")).json()["data"][0]["id"]
         load = Load(client, model)
         before = await lag_buckets(client)
-        work = [load.scrape(), *(load.stream(number) for number in range(NUM_STREAMS))]
+        work = [load.probe(), *(load.stream(number) for number in range(NUM_STREAMS))]
         for seed, bodies in enumerate([malformed, mutated, huge] * PER_KIND if broken else []):
             work.append(load.break_in(bodies.__name__, bodies, seed))
         tasks = [asyncio.ensure_future(each) for each in work]
@@ -155,16 +171,14 @@ async def measure(url: str, seconds: float, *, broken: bool = True) -> dict[str,
         await asyncio.gather(*tasks, return_exceptions=True)
         for task in done:
             task.result()
-    during = {bound: count - before[bound] for bound, count in after.items()}
+    during = buckets_between(before, after)
     return {
         "seconds": seconds,
         "observations": int(max(during.values())),
         "p50_seconds": percentile(during, 0.5),
         "p99_seconds": percentile(during, 0.99),
         "max_seconds": percentile(during, 1.0),
-        "scrapes": len(load.scrapes),
-        "scrape_p50_seconds": round(quantile(load.scrapes, 0.5), 4),
-        "scrape_p99_seconds": round(quantile(load.scrapes, 0.99), 4),
+        "probes": {path: summary(seconds) for path, seconds in load.probes.items()},
         "answers": dict(sorted(load.answers.items())),
     }
 

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from tests.chaos.worker import FAULTS
-from tests.e2e.conftest import RunningServer, free_port, launch, pair, running_server, serving
+from tests.e2e.conftest import RunningServer, Start, free_port, launch, pair, running_server, serving, start
 
-__all__ = ["pair"]
+__all__ = ["pair", "start"]
 
 
 class Control:
@@ -67,6 +67,14 @@ class ChaosServer(RunningServer):
     def logged(self, event: str) -> list[dict[str, Any]]:
         lines = (line for line in self.log.read_text().splitlines() if line.startswith("{"))
         return [entry for entry in map(json.loads, lines) if entry["event"] == event]
+
+
+@pytest.fixture(scope="session")
+def calm(start: Start) -> Iterator[RunningServer]:
+    """One server without faults for the tests that leave it as it was; ends cleanly."""
+    with start() as running:
+        yield running
+        assert running.stop() == 0
 
 
 StartChaos = Callable[..., AbstractContextManager[ChaosServer]]

@@ -9,7 +9,7 @@ import socket
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -69,6 +69,7 @@ class FaultyEngine(Engine):
     gate: Gate
     faults: Faults
     current: "FaultyEngine | None" = None
+    leaked: ClassVar[list[bytes]] = []
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -83,6 +84,8 @@ class FaultyEngine(Engine):
             os.kill(os.getpid(), signal.SIGKILL)
         if self._holds(orders.get("hang_at")):
             time.sleep(3600)
+        if orders.get("leak"):
+            self.leaked.append(b"x" * 2**20)
         try:
             return super().step()
         finally:

@@ -2,13 +2,17 @@
 
 import functools
 import sys
+from pathlib import Path
 
-from server import __main__ as entry
-from server.supervisor import WorkerProcess
+from tests.chaos import audit
 
 
 def main() -> int:
     folder = sys.argv.pop(1)
+    audit.start(Path(folder))
+    from server import __main__ as entry  # watched from its first line on
+    from server.supervisor import WorkerProcess
+
     command_line = (sys.executable, "-m", "tests.chaos.worker", folder)
     return entry.main(functools.partial(WorkerProcess, command_line=command_line))
 

@@ -11,6 +11,7 @@ order faults by `FOLDER/faults.json`, which is read before each step:
     draft       the draft raises
     most_rows   a pass of the target over more rows than these finds no memory
     no_memory_at    ... nor does one with a sequence that holds this token
+    leak        each step keeps a MiB for ever
 """
 
 import json
@@ -20,6 +21,8 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from tests.chaos import audit
 
 FAULTS = "faults.json"
 
@@ -40,6 +43,7 @@ class Faults:
 
 def main() -> int:
     folder = Path(sys.argv.pop(1))
+    audit.start(folder)
     faults = Faults(folder)
     order = faults.read().get("load")
     if order == "die":

@@ -90,37 +90,6 @@ def test_shutdown_timeout_ends_what_takes_too_long(start: Start) -> None:
         assert server.process.wait(10) == 0
 
 
-def test_a_second_signal_ends_at_once(start: Start) -> None:
-    with start() as server:
-        workers = server.workers()
-        with server.client() as client, client.stream("POST", "/v1/completions", json=LONG) as response:
-            lines = response.iter_lines()  # kept: the response is closed with its iterator
-            next(lines)
-            server.process.send_signal(signal.SIGINT)
-            until(lambda: not server.is_ready())
-            assert server.stop(signal.SIGINT, 2) == 1
-        assert not any(map(is_alive, workers))
-
-
-def test_sigterm_while_loading(start: Start) -> None:
-    with start(wait=False) as server:
-        until(lambda: server.log.read_text().count("loading") > 0)
-        with server.client() as client:
-            assert client.get("/health").status_code == 200
-            answer = client.get("/ready")
-            assert (answer.status_code, answer.json()["error"]["code"]) == (503, "model_loading")
-        workers = server.workers()
-        assert server.stop(signal.SIGTERM, 5) == 0
-        assert not any(map(is_alive, workers))
-
-
-def test_workers_do_not_outlive_a_killed_server(start: Start) -> None:
-    with start() as server:
-        workers = server.workers()
-        assert server.stop(signal.SIGKILL) == -signal.SIGKILL
-        until(lambda: not any(map(is_alive, workers)), 5)
-
-
 def test_the_ready_line_says_what_is_served(start: Start) -> None:
     with start() as server:
         lines = [json.loads(line) for line in server.log.read_text().splitlines() if line.startswith("{")]

@@ -5,7 +5,6 @@ characters, broken ones and parts of them fall on every side of every step.
 """
 
 import asyncio
-import json
 import math
 import random
 from dataclasses import dataclass, field
@@ -15,66 +14,15 @@ import httpx
 import pytest
 
 from tests.e2e.conftest import RunningServer
-from tests.e2e.tiny import byte_tokenizer
+from tests.e2e.events import events_of
+from tests.e2e.random_requests import draw
 
 pytestmark = pytest.mark.slow
 
-METHODS = ("target", "draft", "speculative", "multi_candidate", "mtjd", "mtad", "mmtad")
 NUM_REQUESTS = 200
 AT_ONCE = 32
 LOG_PROB_TOLERANCE = 2e-3  # nats; neighbours in a batch change the order of sums
-EMOJI = "\U0001f600\U0001f680"
-HEBREW = "שלום"
-FAMILY = "\U0001f469\u200d\U0001f469\u200d\U0001f467"
 SPECIAL = {"<s>", "</s>", "<pad>"}
-
-
-def ids_of(text: str) -> list[int]:
-    ids: list[int] = byte_tokenizer().encode(text).ids
-    return ids
-
-
-PROMPTS: list[Any] = [
-    "The quick brown",
-    f"{FAMILY} and {EMOJI}",
-    f"{HEBREW} \u202eמימין לשמאל\u202c",
-    "nul\0in\0the\0middle",
-    "",
-    ids_of(EMOJI)[:-1],
-    [ids_of(HEBREW), ids_of("second")],
-    ["one prompt", f"{HEBREW}{EMOJI}"],
-]
-NUDGED = sorted({*ids_of(EMOJI), *ids_of(HEBREW), *ids_of("\0ab")})
-
-
-def draw(rng: random.Random, number: int) -> dict[str, Any]:
-    """One request; null means that a field was not drawn."""
-    max_tokens = rng.choice([0, 1, 2, 7, 16, 24, 32])
-    optional: dict[str, Any] = {
-        "echo": True,
-        "logprobs": rng.choice([0, 1, 5]),
-        "n": rng.choice([2, 3]),
-        "logit_bias": {str(token_id): rng.choice([4, 6, 8]) for token_id in NUDGED},
-        "stop": rng.choice([["\0"], [EMOJI[0], HEBREW[:2], "b\0"], "ab", ["\ufffd\ufffd"]]),
-        "include_stop_str_in_output": True,
-        "stop_token_ids": rng.sample(range(256), 4),
-        "min_tokens": min(max_tokens, 5),
-        "ignore_eos": True,
-        "skip_special_tokens": False,
-        "frequency_penalty": 0.5,
-        "repetition_penalty": 1.1,
-        "top_p": 0.9,
-    }
-    chance = {"logit_bias": 0.7, "logprobs": 0.7}
-    return {
-        "model": "tiny",
-        "prompt": rng.choice(PROMPTS),
-        "max_tokens": max_tokens,
-        "temperature": rng.choice([0, 0.7, 1, 1.5]),
-        "seed": number,
-        "speculative": {"method": METHODS[number % len(METHODS)]},
-        **{name: value for name, value in optional.items() if rng.random() < chance.get(name, 0.25)},
-    }
 
 
 @dataclass
@@ -121,11 +69,8 @@ async def streamed(client: httpx.AsyncClient, request: dict[str, Any]) -> Answer
     body = request | {"stream": True, "stream_options": options}
     answer = Answer()
     async with client.stream("POST", "/v1/completions", json=body) as response:
-        # Not `aiter_lines`: it also breaks lines at characters that JSON may hold as they are.
-        events = (await response.aread()).decode().split("\n\n")
-    assert events[-2:] == ["data: [DONE]", ""], events
-    for event in events[:-2]:
-        answer.add(json.loads(event.removeprefix("data: ")))
+        for event in events_of((await response.aread()).decode()):
+            answer.add(event)
     return answer
 
 

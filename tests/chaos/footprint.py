@@ -1,0 +1,52 @@
+"""What a process holds at rest, and whether a series of such looks shows a leak."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from tests.chaos.conftest import ChaosServer
+
+MEBIBYTE = 2**20
+LIMIT_MIB = {"api": 20.0, "worker": 50.0}
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Resident memory in MiB, open files and threads of one process."""
+
+    memory_mib: float
+    num_files: int
+    num_threads: int
+
+    @classmethod
+    def of(cls, pid: int) -> Self:
+        process = Path(f"/proc/{pid}")
+        lines = (line.split() for line in (process / "status").read_text().splitlines())
+        status = {words[0]: words[1] for words in lines if len(words) > 1}
+        memory = int(status["VmRSS:"]) * 1024 / MEBIBYTE
+        return cls(memory, len(list((process / "fd").iterdir())), int(status["Threads:"]))
+
+
+Footprints = dict[str, Footprint]
+
+
+def footprints(server: ChaosServer) -> Footprints:
+    """Of the API process and its only worker."""
+    (worker,) = server.workers()
+    return {"api": Footprint.of(server.process.pid), "worker": Footprint.of(worker)}
+
+
+def growth_mib(at_rest: list[Footprints], name: str) -> float:
+    return at_rest[-1][name].memory_mib - at_rest[0][name].memory_mib
+
+
+def leaks(at_rest: list[Footprints]) -> list[str]:
+    """What grew from the first look to the last by more than it may, in words."""
+    found = []
+    for name, limit in LIMIT_MIB.items():
+        first, last = at_rest[0][name], at_rest[-1][name]
+        if growth_mib(at_rest, name) >= limit:
+            found.append(f"{name}: memory")
+        if last.num_files > first.num_files:
+            found.append(f"{name}: open files")
+    return found
