@@ -15,6 +15,7 @@ import uvicorn
 from server.app import create_app
 from server.config import ServerConfig, load_config
 from server.config_errors import ConfigError
+from server.gpus import count_gpus
 from server.logs import configure_logging
 from server.metrics_compat import make_metrics
 from server.pool import Launch, WorkerPool
@@ -141,10 +142,17 @@ def bind(host: str, port: int, flag: str) -> socket.socket:
     return listener
 
 
+def with_workers(config: ServerConfig) -> ServerConfig:
+    """Unless it says otherwise, one worker per GPU; on a CPU one, which has all its cores."""
+    if "num_workers" in config.model_fields_set or config.device == "cpu":
+        return config
+    return config.model_copy(update={"num_workers": max(1, count_gpus())})
+
+
 def main(launch: Launch = WorkerProcess) -> int:
     """`launch` starts a worker; tests give one that fails on order."""
     try:
-        config = load_config()
+        config = with_workers(load_config())
     except ConfigError as error:
         sys.stderr.write(f"error: {error}\n")
         return EXIT_USAGE

@@ -58,11 +58,21 @@ class ServerConfig(NetworkConfig, BaseSettings):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     max_model_len: int | None = Field(default=None, ge=1)
     max_num_seqs: int = Field(default=16, ge=1, le=1024)
-    num_workers: int = Field(default=1, ge=1, le=64, description="Processes that decode, one per GPU.")
+    num_workers: int = Field(
+        default=1, ge=1, le=64, description="Processes that decode. Unless given, one per visible GPU."
+    )
     worker_timeout: float = Field(
         default=30.0, gt=0, description="Seconds without a step after which a busy worker is replaced."
     )
-    max_num_queued_reqs: int = Field(default=256, ge=0, le=100_000)
+    worker_load_timeout: float = Field(
+        default=1800.0, gt=0, description="Seconds of loading after which a worker is replaced."
+    )
+    max_num_queued_reqs: int = Field(
+        default=256, ge=0, le=100_000, description="Most sequences that wait for a row."
+    )
+    max_num_queued_tokens: int = Field(
+        default=262_144, ge=0, description="Most tokens, prompts and 'max_tokens', beyond what the rows hold."
+    )
     max_num_speculative_tokens: int = Field(default=MAX_SPECULATIVE_TOKENS, ge=1, le=MAX_SPECULATIVE_TOKENS)
     max_beam_width: int = Field(default=MAX_BEAM_WIDTH, ge=1, le=MAX_BEAM_WIDTH)
     max_logprobs: int = Field(default=5, ge=0, le=20, description="Most 'logprobs' of a completion.")

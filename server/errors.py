@@ -21,7 +21,7 @@ from starlette.types import Receive, Scope, Send
 RETRY_AFTER_SECONDS = 1
 
 OVERLOAD_MESSAGES = {
-    "queue_full": "The server's queue is full. Retry after a moment, or send fewer requests at once.",
+    "queue_full": "The server's queue is full. Retry after a moment, or ask for fewer choices or tokens.",
     "model_loading": "The models are still loading. Retry once /ready answers 200.",
     "draining": "The server is shutting down. Send the request to another replica.",
     "out_of_memory": "The device has no memory left for this request. Retry later, or ask for less at once.",

@@ -83,6 +83,9 @@ class Metrics:
         by_method = ("model", "method")
         self.requests_running = self._gauge("requests_running", "Sequences that hold a row.", ("model",))
         self.requests_waiting = self._gauge("requests_waiting", "Sequences that wait for a row.", ("model",))
+        self.reserved_tokens = self._gauge(
+            "reserved_tokens", "Prompt tokens and max_tokens of accepted requests.", ("model",)
+        )
         self.requests = self._counter(
             "requests", "Prompts that ended, by how.", (*by_method, "finish_reason")
         )

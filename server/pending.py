@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 from decoding import FinishReason
 from server.messages import Command, FailedEvent, FinishedEvent, GenerateCommand, StepEvent
 from server.metrics import Metrics
+from server.reservations import Reservation
 
 if TYPE_CHECKING:
     from server.placement import WorkerState
@@ -33,7 +34,7 @@ class Worker(Protocol):
 class Stream:
     """The events of one `generate` call that its consumer has not taken yet."""
 
-    num_sequences: int
+    reservation: Reservation
     open_ids: set[str]
     events: "asyncio.Queue[GenerationEvent]" = field(default_factory=asyncio.Queue)
 

@@ -16,7 +16,8 @@ class WorkerState:
     """One worker and its successors as the pool sees them; `moved` in monotonic seconds.
 
     A worker tells of every step and of every state that commands left behind, so one that has work
-    and says nothing does not move: `moved` is its last word, or when it was given work.
+    and says nothing does not move: `moved` is its last word, or when it was given work. Until it is
+    ready, `moved` is when its loading began.
     """
 
     name: str
@@ -54,12 +55,18 @@ class WorkerState:
         self.draft_enabled = event.draft_enabled
         self.moved = now
 
-    def is_stuck(self, now: float, seconds: float) -> bool:
-        return self.ready is not None and self.has_work and now - self.moved > seconds
+    def note_loading(self, now: float) -> None:
+        self.moved = now
 
-    def lose(self) -> list[Pending]:
+    def is_stuck(self, now: float, step_seconds: float, load_seconds: float) -> bool:
+        if self.ready is None:
+            return now - self.moved > load_seconds
+        return self.has_work and now - self.moved > step_seconds
+
+    def lose(self, now: float) -> list[Pending]:
         """It died: the commands that it had."""
         victims = list(self.commands.values())
+        self.moved = now
         self.ready = None
         self.num_deaths += 1
         self.num_running = self.num_waiting = 0
@@ -103,8 +110,8 @@ class Placement:
         elif pending in self._queue:
             self._queue.remove(pending)
 
-    def stuck(self, now: float, seconds: float) -> Iterator[WorkerState]:
-        return (worker for worker in self.workers if worker.is_stuck(now, seconds))
+    def stuck(self, now: float, step_seconds: float, load_seconds: float) -> Iterator[WorkerState]:
+        return (worker for worker in self.workers if worker.is_stuck(now, step_seconds, load_seconds))
 
     def note_death(self, now: float) -> bool:
         """Whether so many died so soon one after another that starting more helps nobody."""

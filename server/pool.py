@@ -34,6 +34,7 @@ from server.metrics import Metrics
 from server.open_commands import OpenCommands
 from server.pending import GenerationEvent, Pending, Stream, Worker
 from server.placement import STORM_DEATHS, STORM_SECONDS, Placement, WorkerState
+from server.reservations import Reservation, Reservations
 from server.supervisor import WorkerProcess, load_command
 from server.text import TextCodec
 from server.turns import Turn
@@ -67,11 +68,7 @@ class WorkerPool:
         self._placement = Placement()
         self._open_commands = OpenCommands(metrics, self._placement)
         self._tasks: set[asyncio.Task[None]] = set()
-        self._capacity = config.num_workers * config.max_num_seqs + config.max_num_queued_reqs
-        self._num_slots = 0
-        self._num_sequences = 0
-        self._idle = asyncio.Event()
-        self._idle.set()
+        self._reserved = Reservations(config)
         self._ready = asyncio.Event()
 
     # Life
@@ -87,6 +84,7 @@ class WorkerPool:
         worker = WorkerState(
             str(index),
             self._launch(load, lambda event: self._on_event(worker, event), lambda: self._on_lost(worker)),
+            moved=time.monotonic(),
         )
         self._placement.workers.append(worker)
         self.metrics.worker_up.labels(worker.name).set(0)
@@ -99,12 +97,19 @@ class WorkerPool:
         task.add_done_callback(self._tasks.discard)
 
     async def _watch_steps(self) -> None:
-        """A worker with work that makes no step is as good as dead."""
-        seconds = self._config.worker_timeout
+        """A worker with work that makes no step is as good as dead, and so is one that loads for ever."""
+        bounds = self._config.worker_timeout, self._config.worker_load_timeout
         while True:
-            await asyncio.sleep(min(WATCH_SECONDS, seconds / 4))
-            for worker in self._placement.stuck(time.monotonic(), seconds):
-                log.error("worker_stuck", worker=worker.name, timeout_seconds=seconds)
+            await asyncio.sleep(min(WATCH_SECONDS, min(bounds) / 4))
+            for worker in self._placement.stuck(time.monotonic(), *bounds):
+                seconds = bounds[worker.ready is None]
+                log.error(
+                    "worker_stuck",
+                    worker=worker.name,
+                    loading=worker.ready is None,
+                    timeout_seconds=seconds,
+                )
+                worker.note_loading(time.monotonic())
                 worker.transport.replace()
 
     async def wait_ready(self) -> ReadyEvent:
@@ -136,7 +141,7 @@ class WorkerPool:
         """Take nothing new, let what runs finish within `timeout` seconds, then tell the rest."""
         self.draining = True
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._idle.wait(), timeout)
+            await asyncio.wait_for(self._reserved.idle.wait(), timeout)
         for pending in self._open_commands:
             pending.send(CancelCommand(id=pending.command.id))
             self._open_commands.fail(pending, "draining", "the server shuts down")
@@ -157,22 +162,16 @@ class WorkerPool:
     @contextlib.contextmanager
     def slot(self) -> Iterator[None]:
         """Room for one HTTP request, taken before its body is read; raises OverloadedError."""
-        self._check(self._num_slots < self._capacity)
-        self._num_slots += 1
-        self._idle.clear()
-        try:
+        self._check(self._reserved.has_slot)
+        with self._reserved.slot():
             yield
-        finally:
-            self._num_slots -= 1
-            if self._num_slots == 0:
-                self._idle.set()
 
     async def generate(
         self, commands: Sequence[GenerateCommand], *, model: str, arrived: float
     ) -> AsyncGenerator[GenerationEvent, None]:
         """Every event of these commands, each ending with a FinishedEvent or FailedEvent.
 
-        Rows are taken at the first step of the iterator and given back when it is closed, so close it
+        Room is taken at the first step of the iterator and given back when it is closed, so close it
         (`contextlib.aclosing`). `model` is the served id, `arrived` the request's arrival (monotonic
         seconds). Raises OverloadedError.
         """
@@ -198,12 +197,11 @@ class WorkerPool:
             raise OverloadedError(reason)
 
     def _open(self, commands: Sequence[GenerateCommand], model: str, arrived: float) -> Stream:
-        num_sequences = sum(command.n for command in commands)
-        # A request larger than the whole queue still gets its turn when it is alone.
-        fits = self._num_sequences == 0 or self._num_sequences + num_sequences <= self._capacity
-        self._check(fits)
-        self._num_sequences += num_sequences
-        stream = Stream(num_sequences, {command.id for command in commands})
+        wanted = Reservation.of(commands)
+        self._check(self.model is not None and self._reserved.fits(wanted, self.model.max_model_len))
+        self._reserved.take(wanted)
+        self._record_reserved()
+        stream = Stream(wanted, {command.id for command in commands})
         for command in commands:
             pending = Pending(command, stream, model, arrived)
             self._open_commands.add(pending)
@@ -212,7 +210,8 @@ class WorkerPool:
 
     def _close(self, stream: Stream) -> None:
         """What is still open goes on as an abort: its FinishedEvent closes the books."""
-        self._num_sequences -= stream.num_sequences
+        self._reserved.give_back(stream.reservation)
+        self._record_reserved()
         for command_id in list(stream.open_ids):
             pending = self._open_commands.get(command_id)
             assert pending is not None
@@ -241,6 +240,7 @@ class WorkerPool:
         elif isinstance(event, FatalEvent):
             self._on_fatal(event)
         elif isinstance(event, LoadingEvent):
+            worker.note_loading(time.monotonic())
             log.info("loading", stage=event.stage, worker=worker.name)
 
     def _on_fatal(self, event: FatalEvent) -> None:
@@ -266,7 +266,8 @@ class WorkerPool:
 
     def _on_lost(self, worker: WorkerState) -> None:
         """Who had sent nothing is served by another worker, or by the next one; the others are told."""
-        victims, now = worker.lose(), time.monotonic()
+        now = time.monotonic()
+        victims = worker.lose(now)
         self.metrics.worker_up.labels(worker.name).set(0)
         self.metrics.worker_restarts.labels(worker.name).inc()
         self._record_rows()
@@ -285,6 +286,9 @@ class WorkerPool:
         worker.note_step(event, time.monotonic())
         self.metrics.record_step(event, worker.name, self._config.target_id)
         self._record_rows()
+
+    def _record_reserved(self) -> None:
+        self.metrics.reserved_tokens.labels(self._config.target_id).set(self._reserved.num_tokens)
 
     def _record_rows(self) -> None:
         workers, model = self._placement.workers, self._config.target_id

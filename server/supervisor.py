@@ -110,8 +110,9 @@ class WorkerProcess(WorkerTransport):
             await self._read_events(functools.partial(reader.read, READ_BYTES))
             if not self._stopping and not self._fatal:
                 self._on_lost()
+            grace = STOP_GRACE_SECONDS if self._stopping else EXIT_GRACE_SECONDS
             with contextlib.suppress(subprocess.TimeoutExpired):
-                await asyncio.to_thread(self._process.wait, EXIT_GRACE_SECONDS)
+                await asyncio.to_thread(self._process.wait, grace)
         finally:
             self._ready = False
             self._writer.close()

@@ -22,7 +22,7 @@ from server.turns import Turn
 FIRST_BACKOFF_SECONDS = 0.5
 LAST_BACKOFF_SECONDS = 30.0
 STABLE_SECONDS = 10.0  # having been ready for as long as this starts the backoff anew
-STOP_GRACE_SECONDS = 2.0
+STOP_GRACE_SECONDS = 10.0  # from a stop command to the end: the running step, and unloading
 
 log = structlog.get_logger("server.supervisor")
 

@@ -191,6 +191,14 @@ def test_a_request_that_kills_two_workers_is_not_tried_again(one: ChaosServer) -
     assert len(line["prompt_sha256"]) == 64
 
 
+def test_a_worker_that_loads_for_ever_is_replaced(start_chaos: StartChaos) -> None:
+    with start_chaos("--worker-load-timeout", "2", wait=False, load="sleep") as server:
+        until(lambda: len(server.logged("worker_restarts")) == 1, 60)
+        assert server.logged("worker_stuck")[0]["loading"] is True
+        assert not server.is_ready()
+        assert server.stop() == 0
+
+
 def test_workers_that_only_die_end_the_server(start_chaos: StartChaos) -> None:
     """Whoever started the server decides what to do about it."""
     with start_chaos(wait=False, load="die") as server:

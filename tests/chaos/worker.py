@@ -20,7 +20,7 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from tests.chaos import audit
 
@@ -41,7 +41,7 @@ class Faults:
         return self._orders
 
 
-def main() -> int:
+def main() -> NoReturn:
     folder = Path(sys.argv.pop(1))
     audit.start(folder)
     faults = Faults(folder)
@@ -53,8 +53,8 @@ def main() -> int:
     from tests.chaos import faulty_engine  # torch takes seconds, which these faults need not wait for
 
     faulty_engine.install(folder, faults)
-    return faulty_engine.worker.main()
+    faulty_engine.worker.main()
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()

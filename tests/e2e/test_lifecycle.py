@@ -75,8 +75,10 @@ def test_sigterm_finishes_what_runs(start: Start) -> None:
             rest = [line for line in lines if line]
         assert rest[-1] == "data: [DONE]"
         assert json.loads(rest[-2].removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
-        assert server.process.wait(10) == 0
+        assert server.process.wait(20) == 0
         assert not any(map(is_alive, workers))
+        (ended,) = [line for line in server.log.read_text().splitlines() if '"worker_ended"' in line]
+        assert json.loads(ended)["status"] == 0
 
 
 def test_shutdown_timeout_ends_what_takes_too_long(start: Start) -> None:

@@ -1,7 +1,8 @@
 """A worker process without models, started by tests in place of `python -m server.worker`.
 
 The target's name says how it behaves: `fatal`, `crash` (while loading), `silent` (never ready),
-`bad-frame` (after it was ready), `chatty` (output that is no frame); any other name serves.
+`bad-frame` (after it was ready), `chatty` (output that is no frame), `unloads` (takes its time to
+end); any other name serves.
 """
 
 import signal
@@ -14,6 +15,9 @@ from server.link import Outbox
 from server.messages import LoadCommand, LoadingEvent
 from tests.server.fakes import ScriptedEngine, ready_event
 
+UNLOAD_SECONDS = 1.0
+slow_to_end: list[bool] = []
+
 
 def load(command: LoadCommand, outbox: Outbox) -> worker.Loaded:
     outbox.put(LoadingEvent(stage="models"))
@@ -23,6 +27,8 @@ def load(command: LoadCommand, outbox: Outbox) -> worker.Loaded:
         raise ModelLoadError("no such model\nat all")
     if name == "crash":
         raise RuntimeError("secret")
+    if name == "unloads":
+        slow_to_end.append(True)
     if name == "silent":
         time.sleep(600)
     outbox.put(ready_event(command.draft or ""))
@@ -36,7 +42,10 @@ def main() -> int:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     import socket
 
-    return worker.worker_main(socket.socket(fileno=int(sys.argv[2])), load)
+    status = worker.worker_main(socket.socket(fileno=int(sys.argv[2])), load)
+    if slow_to_end:
+        time.sleep(UNLOAD_SECONDS)
+    return status
 
 
 if __name__ == "__main__":

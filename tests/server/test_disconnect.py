@@ -283,7 +283,7 @@ async def test_unstarted_generation_holds_nothing(served: Served) -> None:
     """The trap: the finally of a generator that never ran does not run."""
     generator = served.pool.generate([], model="tiny", arrived=0.0)
     await generator.aclose()
-    assert served.pool._num_sequences == 0
+    assert served.pool._reserved.num_sequences == 0
     assert [event async for event in served.pool.generate([], model="tiny", arrived=0.0)] == []
 
 

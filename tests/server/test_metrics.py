@@ -99,7 +99,7 @@ def use_everything(metrics: Metrics) -> None:
         metrics.http_requests.labels(str(route), str(status)).inc()
     for reason in ("queue_full", "model_loading", "draining", "rate_limit_exceeded", "no_worker"):
         metrics.rejected.labels(reason).inc()
-    for gauge in (metrics.requests_running, metrics.requests_waiting):
+    for gauge in (metrics.requests_running, metrics.requests_waiting, metrics.reserved_tokens):
         gauge.labels("tiny").set(1)
 
 

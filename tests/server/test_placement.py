@@ -4,6 +4,7 @@ from decoding import DecodingConfig, SamplingParams
 from server.messages import Command, GenerateCommand, ReadyEvent, StepStatsEvent
 from server.pending import Pending, Stream
 from server.placement import STORM_DEATHS, STORM_SECONDS, Placement, WorkerState
+from server.reservations import Reservation
 from tests.server.fakes import ready_event
 
 
@@ -28,7 +29,7 @@ def worker(name: str, ready: ReadyEvent | None) -> WorkerState:
 
 def pending(name: str, n: int = 1) -> Pending:
     command = GenerateCommand(id=name, prompt_ids=[1], params=SamplingParams(), config=DecodingConfig(), n=n)
-    return Pending(command, Stream(n, {name}), "tiny", 0.0)
+    return Pending(command, Stream(Reservation(n, n), {name}), "tiny", 0.0)
 
 
 def placement(*, ready: bool = True) -> Placement:
@@ -68,7 +69,7 @@ def test_what_a_death_left_goes_in_front_of_what_waits() -> None:
     first, second, third = pending("a"), pending("b"), pending("c")
     placed.place(first, 0.0)
     placed.place(second, 0.0)
-    victims = placed.workers[0].lose()
+    victims = placed.workers[0].lose(0.0)
     assert [each.worker for each in victims] == [None, None]
     placed.place(third, 0.0)
     placed.place_again(victims, 0.0)
@@ -93,11 +94,24 @@ def test_a_worker_is_stuck_when_it_has_work_and_says_nothing() -> None:
     busy = placed.workers[0]
     each = pending("a")
     placed.place(each, 100.0)
-    assert list(placed.stuck(129.0, 30.0)) == []
-    assert list(placed.stuck(131.0, 30.0)) == [busy]
+    assert list(placed.stuck(129.0, 30.0, 900.0)) == []
+    assert list(placed.stuck(131.0, 30.0, 900.0)) == [busy]
     busy.note_step(stats(1), 130.0)
-    assert list(placed.stuck(159.0, 30.0)) == []
-    assert list(placed.stuck(161.0, 30.0)) == [busy]
+    assert list(placed.stuck(159.0, 30.0, 900.0)) == []
+    assert list(placed.stuck(161.0, 30.0, 900.0)) == [busy]
+
+
+def test_a_worker_is_stuck_when_it_loads_for_ever() -> None:
+    """Each stage of loading, and each new start after a death, has all the time again."""
+    placed = placement(ready=False)
+    loading, other = placed.workers
+    loading.note_loading(100.0)
+    other.ready = ready_event("")
+    assert list(placed.stuck(999.0, 30.0, 900.0)) == []
+    assert list(placed.stuck(1001.0, 30.0, 900.0)) == [loading]
+    loading.lose(1001.0)
+    assert list(placed.stuck(1900.0, 30.0, 900.0)) == []
+    assert list(placed.stuck(1902.0, 30.0, 900.0)) == [loading]
 
 
 def test_a_worker_that_waits_for_the_end_of_a_text_is_not_stuck() -> None:
@@ -106,7 +120,7 @@ def test_a_worker_that_waits_for_the_end_of_a_text_is_not_stuck() -> None:
     placed.place(each, 0.0)
     each.begun = True
     placed.workers[0].note_step(stats(0), 1.0)
-    assert list(placed.stuck(1000.0, 30.0)) == []
+    assert list(placed.stuck(1000.0, 30.0, 900.0)) == []
 
 
 def test_five_deaths_in_a_minute_are_a_storm() -> None:

@@ -79,7 +79,7 @@ async def test_slow_answers_are_not_cut(serve_port: Serve) -> None:
     limits = HttpLimits(header_seconds=0.1, reader_seconds=0.1)
     async with serve_port(engine, limits=limits) as served, served.connect() as (reader, writer):
         writer.write(POST + b"Content-Length: %d\r\n\r\n" % len(body) + body)
-        await until(lambda: served.pool._num_slots == 1)
+        await until(lambda: served.pool._reserved.num_slots == 1)
         for _ in range(2):
             async with served.connect() as (silent, _):
                 assert await asyncio.wait_for(silent.read(), SECONDS) == b""
@@ -96,7 +96,7 @@ async def test_a_body_that_never_ends(hasty: Served, framing: bytes) -> None:
     assert head.startswith(b"HTTP/1.1 408")
     assert error["code"] == "request_timeout"
     assert rejected(hasty, "request_timeout") == 1
-    assert hasty.pool._num_slots == 0
+    assert hasty.pool._reserved.num_slots == 0
 
 
 async def test_bytes_are_counted_as_they_arrive(serve_port: Serve) -> None:
@@ -151,7 +151,7 @@ async def test_no_key_is_told_before_the_body_comes(serve_port: Serve) -> None:
                 head, _ = await answer_of(reader)
             assert head.startswith(b"HTTP/1.1 401")
             assert rejected(served, reason) == 1
-        assert served.pool._num_slots == 0
+        assert served.pool._reserved.num_slots == 0
 
 
 async def test_expected_bodies_are_only_asked_for_with_a_key(serve_port: Serve) -> None:

@@ -79,5 +79,5 @@ async def test_mutations(serve_port: Serve) -> None:
                     assert set(json.loads(body)["error"]) == {"message", "type", "param", "code"}
                     assert len(body) <= 2048
         assert (await served.complete()).status_code == 200
-        assert served.pool._num_slots == 0
+        assert served.pool._reserved.num_slots == 0
     assert statuses >= {200, 400, 404, 408, 415}

@@ -67,7 +67,7 @@ async def test_once(serve_port: Serve, sent: bytes, status: bytes, reason: str) 
         assert line.startswith(b"HTTP/1.1 " + status)
         await until(lambda: bool(refusals(served)))
         assert refusals(served) == {reason: 1}
-        assert served.pool._num_slots == 0
+        assert served.pool._reserved.num_slots == 0
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -80,12 +80,40 @@ async def test_a_full_queue(serve: Serve, stream: bool) -> None:
         await until(lambda: bool(served.worker.commands))
         rows = await served.complete(n=2, stream=stream)
         second = asyncio.ensure_future(served.complete())
-        await until(lambda: served.pool._num_slots == 2)
+        await until(lambda: served.pool._reserved.num_slots == 2)
         slots = await served.complete(stream=stream)
         assert (rows.status_code, slots.status_code) == (503, 503)
         engine.gate.set()
         assert [(await each).status_code for each in (first, second)] == [200, 200]
         assert refusals(served) == {"queue_full": 2}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_queue_full_of_tokens(serve: Serve, stream: bool) -> None:
+    """Prompt and `max_tokens` of every choice count, from validation to the end, however it comes."""
+    engine = ScriptedEngine()
+    engine.gate.clear()
+    room = {"max_num_seqs": 1, "max_num_queued_reqs": 8, "max_num_queued_tokens": 16}
+    async with serve(engine, **room) as served:
+        reserved = served.pool._reserved
+        first = asyncio.ensure_future(served.complete(prompt=[1] * 10, max_tokens=50))
+        await until(lambda: reserved.num_tokens == 60)
+        second = asyncio.ensure_future(served.complete(prompt=[1] * 5, max_tokens=5, n=2))
+        await until(lambda: reserved.num_tokens == 80)
+        refused = await served.complete(prompt=[1], max_tokens=0, stream=stream)
+        assert refused.status_code == 503
+        assert refused.headers["retry-after"] == "1"
+        assert served.metric("mmtad_reserved_tokens", model="tiny") == 80
+        engine.gate.set()
+        assert [(await each).status_code for each in (first, second)] == [200, 200]
+        assert (reserved.num_tokens, reserved.num_sequences) == (0, 0)
+        assert refusals(served) == {"queue_full": 1}
+
+
+async def test_more_tokens_than_there_is_room_for_are_served_alone(serve: Serve) -> None:
+    async with serve(max_num_seqs=1, max_num_queued_tokens=0) as served:
+        assert (await served.complete(n=4, max_tokens=40)).status_code == 200
+        assert served.pool._reserved.num_tokens == 0
 
 
 async def test_what_is_no_refusal_is_not_counted(serve: Serve) -> None:

@@ -8,9 +8,10 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 import pytest
+from structlog.testing import capture_logs
 
 from decoding import DecodingConfig, SamplingParams
-from server import transport
+from server import supervisor, transport
 from server.messages import (
     Event,
     FatalEvent,
@@ -141,6 +142,15 @@ async def test_a_loading_worker_is_stopped_at_once(watch: Watch) -> None:
         started = asyncio.get_running_loop().time()
         await watched.process.stop()
         assert asyncio.get_running_loop().time() - started < 1
+
+
+async def test_a_worker_has_the_time_to_unload(watch: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its link is closed long before its process ends, which is no reason to kill it."""
+    monkeypatch.setattr(supervisor, "EXIT_GRACE_SECONDS", 0.01)
+    with capture_logs() as logged:
+        async with watch("unloads") as watched:
+            await until(lambda: watched.count(ReadyEvent) == 1)
+    assert [entry["status"] for entry in logged if entry["event"] == "worker_ended"] == [0]
 
 
 async def test_a_worker_ends_with_its_parent(watch: Watch) -> None:
