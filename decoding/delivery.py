@@ -43,4 +43,5 @@ def deliver(
         top_log_probs=[top[:num_top] for top in row.top_log_probs[:kept]] if num_top else None,
         prompt_log_probs=prompt_log_probs,
         preset=shape.name,
+        num_reused=sequence.num_reused or 0,
     )

@@ -15,6 +15,7 @@ from decoding.draft_health import DraftHealth, without_draft
 from decoding.group_step import GroupStepper
 from decoding.model import ModelPair
 from decoding.policy import Policy
+from decoding.prefix_cache import PrefixCache
 from decoding.rows import RowTable
 from decoding.sequence import FinishReason, Sequence, SequenceOutput, TokenLogProb, empty_output
 from decoding.sequence_checks import check_sequence
@@ -40,18 +41,18 @@ class Engine:
         prefill_chunk: int = PREFILL_CHUNK,
         *,
         policy: Policy | None = None,
+        prefix_caching: bool = True,
     ) -> None:
         self.pair = pair
         self._stepper = GroupStepper(pair, policy)
         self.last_step = StepStats()
         self._models = list(pair.models.values())
-        for model in self._models:
-            if model.cache.rows <= max_num_seqs:
-                raise ValueError(f"max_num_seqs must be under the {model.cache.rows} rows of the caches")
-        self._rows = RowTable([model.cache for model in self._models], max_num_seqs)
+        caches = [model.cache for model in self._models]
+        self._prefixes = PrefixCache(caches, max_num_seqs, enabled=prefix_caching)
+        self._rows = RowTable(caches, max_num_seqs, self._prefixes)
         self._waiting: deque[Sequence] = deque()
         self._outputs: list[SequenceOutput] = []  # of the next step; one that raises leaves them
-        self._staging = Staging(self._models, max_num_seqs)
+        self._staging = Staging(self._models, max_num_seqs, self._prefixes)
         self._timer = StepTimer({role: model.timer for role, model in pair.models.items()})
         self._prompt_log_probs: dict[str, list[TokenLogProb]] = {}
         self._batches: dict[Group, Batch] = {}
@@ -115,9 +116,13 @@ class Engine:
         row = self._rows.find(sequence_id)
         if row is not None:
             self._prompt_log_probs.pop(sequence_id, None)
-            self._clear(row)
+            if not self._prefixes.is_proven(row):
+                self._rows.clear(row)
+                self._staging.begin_anew()
             self._remove([row])
             return True
+        if any(each.id == sequence_id and each.num_reused is not None for each in self._waiting):
+            self._staging.begin_anew()
         num_known = len(self._waiting) + len(self._outputs)
         self._waiting = deque(each for each in self._waiting if each.id != sequence_id)
         self._outputs = [each for each in self._outputs if each.id != sequence_id]
@@ -131,6 +136,8 @@ class Engine:
         `target`. None where it was neither, so that the state of every sequence is in doubt.
         """
         failed, self._trying = self._trying, []
+        self._prefixes.forget_all()
+        self._staging.begin_anew()
         if is_out_of_memory(error) and failed:
             release_memory(error, self.pair.device)
             return Retreat("out_of_memory", self._relieve(failed))
@@ -151,7 +158,6 @@ class Engine:
         size = len(failed) if running else limit.size
         limit.halve(size, time.monotonic())
         self._batches.clear()
-        self._staging.begin_anew()
         if youngest.ran_out_of_memory and size > 1:
             return []
         self.cancel(youngest.id)
@@ -162,10 +168,7 @@ class Engine:
         self._waiting.appendleft(youngest)
         return []
 
-    @staticmethod
-    def is_device_lost(error: Exception) -> bool:
-        """Whether nothing will run on the device in this process any more."""
-        return is_device_lost(error)
+    is_device_lost = staticmethod(is_device_lost)
 
     @torch.inference_mode()
     def step(self) -> list[SequenceOutput]:
@@ -190,6 +193,7 @@ class Engine:
             decode_seconds=time.monotonic() - prefilled,
             prefill_id=admissions.prefill_id,
             decode_ids=tuple(output.id for output in decoded),
+            prompt_tokens=admissions.prompt_tokens,
             cached_prompt_tokens=admissions.cached_tokens,
             admitted_ids=tuple(admissions.admitted_ids),
             forward_times=forward_times,
@@ -216,9 +220,7 @@ class Engine:
             sequence = self._waiting[0]
             self._trying = [sequence]
             self._stepper.prepare(sequence)
-            if self._staging.ready(sequence):
-                done.cached_tokens += sequence.num_cached
-            else:
+            if not self._staging.ready(sequence):
                 if done.prefill_tokens:
                     break
                 done.prefill_id = sequence.id
@@ -227,19 +229,18 @@ class Engine:
                 if not self._staging.ready(sequence):
                     break
             self._waiting.popleft()
-            done.admitted_ids.append(sequence.id)
+            done.note(sequence)
             prompt_log_probs = self._staging.prompt_log_probs(sequence)
             if sequence.remaining > 0:
-                self._insert(sequence, prompt_log_probs)
+                self._rows.insert(sequence)
+                self._batches.clear()
+                if prompt_log_probs is not None:
+                    self._prompt_log_probs[sequence.id] = prompt_log_probs
             else:
                 self._outputs.append(empty_output(sequence, prompt_log_probs))
+                if self._outputs[-1].finish_reason is FinishReason.ERROR:
+                    self._staging.begin_anew()
         return done
-
-    def _insert(self, sequence: Sequence, prompt_log_probs: list[TokenLogProb] | None) -> None:
-        self._rows.insert(sequence)
-        self._batches.clear()
-        if prompt_log_probs is not None:
-            self._prompt_log_probs[sequence.id] = prompt_log_probs
 
     def _next_group(self) -> tuple[Group, slice] | None:
         """The group that has waited longest for a pass."""
@@ -282,13 +283,10 @@ class Engine:
         ended = [row for row, output in enumerate(outputs, rows.start) if output.finish_reason is not None]
         failed = [row for row in ended if outputs[row - rows.start].finish_reason is FinishReason.ERROR]
         for row in failed:
-            self._clear(row)
+            self._rows.clear(row)
+            self._staging.begin_anew()
         self._remove(ended)
         return outputs
-
-    def _clear(self, row: int) -> None:
-        for model in self._models:
-            model.cache.clear_row(row)
 
     def _remove(self, rows: Series[int]) -> None:
         for row in sorted(rows, reverse=True):

@@ -90,15 +90,21 @@ class KVCache(Cache):
 
     def move_row(self, source: int, destination: int) -> None:
         """Copy the committed columns of one row, and its length, into another row."""
-        length = self.lengths[source]
-        self.storage[:, :, destination, :, :length].copy_(self.storage[:, :, source, :, :length])
-        self.lengths[destination] = length
+        self.copy_row(source, destination, self.lengths[source])
+        self.lengths[destination] = self.lengths[source]
 
-    def clear_row(self, row: int) -> None:
-        """Zero what a sequence may have written, so that no NaN of it can reach the row's next one."""
-        self.storage[:, :, row, :, : self.lengths[row] + 1 + MAX_TREE_NODES].zero_()
+    def copy_row(self, source: int, destination: int, length: int) -> None:
+        """Copy the first `length` columns of one row into another, lengths apart."""
+        self.storage[:, :, destination, :, :length].copy_(self.storage[:, :, source, :, :length])
+
+    def clear_row(self, row: int, *, kept: int = 0, written: int = 1 + MAX_TREE_NODES) -> None:
+        """Zero what a sequence may have written, so that no NaN of it can reach the row's next one.
+
+        Its first `kept` columns stay; `written` is how many columns may lie behind the committed ones.
+        """
+        self.storage[:, :, row, :, kept : self.lengths[row] + written].zero_()
         self.storage[:, :, row, :, self.trash_column].zero_()
-        self.lengths[row] = 0
+        self.lengths[row] = kept
 
     def check_integrity(self, lengths: list[int]) -> None:
         """Assert that the first rows hold exactly `lengths` and that each fits the capacity."""

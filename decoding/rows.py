@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from decoding.config import Preset
 from decoding.kv_cache import KVCache
+from decoding.prefix_cache import PrefixCache
 from decoding.sequence import Sequence
 
 
@@ -11,13 +12,18 @@ class RowTable:
     """The active sequences, in rows 0..n-1 without gaps, so that a group's cache is one view.
 
     Joining or leaving moves at most one row per group. Row `staging` lies behind the others: prompts
-    are prefilled there and copied from there, so choices of one prompt share its prefill.
+    are prefilled there and copied from there, so choices of one prompt share its prefill. `prefixes` is
+    told of every row that is filled, moved, left or needed again.
     """
 
-    def __init__(self, caches: list[KVCache], max_num_seqs: int) -> None:
+    def __init__(self, caches: list[KVCache], max_num_seqs: int, prefixes: PrefixCache) -> None:
+        for cache in caches:
+            if cache.rows <= max_num_seqs:
+                raise ValueError(f"max_num_seqs must be under the {cache.rows} rows of the caches")
         self.staging = max_num_seqs
         self.sequences: list[Sequence] = []
         self._caches = caches
+        self._prefixes = prefixes
 
     def __len__(self) -> int:
         return len(self.sequences)
@@ -44,6 +50,7 @@ class RowTable:
         assert self.num_free > 0
         later = self._groups_behind(sequence.config.preset)
         hole = len(self.sequences)
+        self._prefixes.rescue(hole, range(hole + 1, self.staging))
         self.sequences.append(sequence)
         for rows in reversed(later):
             self._move(rows.start, hole)
@@ -52,10 +59,14 @@ class RowTable:
         for cache in self._caches:
             cache.move_row(self.staging, hole)
         self._keep_needed(hole)
+        self._prefixes.inserted(hole)
 
     def remove(self, row: int) -> Sequence:
         """Take a sequence out and close the gap."""
         removed = self.sequences[row]
+        self._prefixes.retire(row, removed)
+        if row < len(self.sequences) - 1:
+            self._prefixes.rescue(row, range(len(self.sequences), self.staging))
         own = next(rows for _, rows in self.groups() if rows.start <= row < rows.stop)
         hole = row
         for rows in [own, *self._groups_behind(removed.config.preset)]:
@@ -67,10 +78,17 @@ class RowTable:
             cache.lengths[hole] = 0
         return removed
 
+    def clear(self, row: int) -> None:
+        """Zero a row that may hold values that are not numbers."""
+        for cache in self._caches:
+            cache.clear_row(row)
+        self._prefixes.forget(row)
+
     def set_lengths(self, rows: slice) -> None:
         """Take over what the sequences of `rows` have cached after a step."""
         for row in range(rows.start, rows.stop):
             self._keep_needed(row)
+            self._prefixes.prove(row)
 
     def check_integrity(self) -> None:
         """Assert that groups are unbroken and that every cache holds what its sequences committed."""
@@ -79,6 +97,7 @@ class RowTable:
         for role, cache in enumerate(self._caches):
             cache.check_integrity([_needed(sequence, role) for sequence in self.sequences])
             assert not any(cache.lengths[len(self.sequences) : self.staging]), cache.lengths
+        self._prefixes.check_integrity(self.sequences)
 
     def _keep_needed(self, row: int) -> None:
         for role, cache in enumerate(self._caches):
@@ -94,6 +113,7 @@ class RowTable:
         self.sequences[destination] = self.sequences[source]
         for cache in self._caches:
             cache.move_row(source, destination)
+        self._prefixes.move(source, destination)
 
 
 def _needed(sequence: Sequence, role: int) -> int:

@@ -89,7 +89,9 @@ class Sequence:
     restart is given its delivered `output_ids` and the next unused `num_steps`. `arrival` is its number
     in the engine; `ran_out_of_memory` says that it was the youngest of a batch that was too large.
     `draft_lag` are the last cached tokens that the draft has not run, since the target went on alone;
-    `survival` tells what the sequence's steps are expected to deliver.
+    `survival` tells what the sequence's steps are expected to deliver. Columns are shared by sequences
+    of equal `cache_salt` only; `num_reused` are the tokens of the prompt whose columns were there
+    already, None until it is looked at.
     """
 
     id: str
@@ -103,6 +105,8 @@ class Sequence:
     ran_out_of_memory: bool = False
     draft_lag: int = 0
     survival: SequenceSurvival | None = None
+    cache_salt: str = ""
+    num_reused: int | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -160,7 +164,7 @@ class SequenceOutput:
     from its second token on, come with the first output of a sequence that asked for them.
     `num_draft_tokens` is the depth proposed, `num_accepted_tokens` what the rule accepted, before
     truncation at an end: the first tokens of the step, the rest are the target's own. `preset` is the
-    name of the step's shape.
+    name of the step's shape, `num_reused` the sequence's.
     """
 
     id: str
@@ -174,6 +178,7 @@ class SequenceOutput:
     top_log_probs: list[TopLogProbs] | None = None
     prompt_log_probs: list[TokenLogProb] | None = None
     preset: str | None = None
+    num_reused: int = 0
 
 
 def empty_output(sequence: Sequence, prompt_log_probs: list[TokenLogProb] | None) -> SequenceOutput:
@@ -181,5 +186,10 @@ def empty_output(sequence: Sequence, prompt_log_probs: list[TokenLogProb] | None
     if any(math.isnan(each.log_prob) for each in prompt_log_probs or ()):
         return SequenceOutput(sequence.id, [], [], finish_reason=FinishReason.ERROR)
     return SequenceOutput(
-        sequence.id, [], [], finish_reason=FinishReason.LENGTH, prompt_log_probs=prompt_log_probs
+        sequence.id,
+        [],
+        [],
+        finish_reason=FinishReason.LENGTH,
+        prompt_log_probs=prompt_log_probs,
+        num_reused=sequence.num_reused or 0,
     )

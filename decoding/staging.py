@@ -7,58 +7,74 @@ from torch import Tensor
 
 from decoding.host import to_host
 from decoding.model import CausalModel
+from decoding.prefix_cache import PrefixCache
 from decoding.sequence import Sequence, TokenLogProb, top_log_probs
 
 
 class Staging:
     """One row of every model's cache, behind those of the batch, and what it holds.
 
-    Sequences with the same cached tokens, such as the choices of one prompt, share one prefill.
-    `models` are the target and, if there is one, the draft.
+    Sequences with the same cached tokens, such as the choices of one prompt, share one prefill; others
+    begin with what `prefixes` knows of theirs. `models` are the target and, if there is one, the draft.
     """
 
-    def __init__(self, models: Series[CausalModel], row: int) -> None:
+    def __init__(self, models: Series[CausalModel], row: int, prefixes: PrefixCache) -> None:
         self._models = list(models)
         self._row = row
+        self._prefixes = prefixes
         self._token_ids: list[int] = []
+        self._salt = ""
+        self._chunk = 0  # most tokens of the last one
         self._scores: list[TokenLogProb] = []
         self._scored: Sequence | None = None
 
     def ready(self, sequence: Sequence) -> bool:
         """Whether the row holds all that `sequence` must have cached; else it is emptied of other prompts."""
         cached = (sequence.prompt_ids + sequence.output_ids)[:-1]
-        if cached != self._token_ids or not self._scores_fit(sequence):
-            self._begin_with(cached, sequence if sequence.params.prompt_log_probs else None)
+        known = cached == self._token_ids and sequence.cache_salt == self._salt
+        if not (known and self._scores_fit(sequence)):
+            self._begin_with(sequence, cached)
+        if sequence.num_reused is None:
+            staged = self._models[_serving_role(sequence)].cache.lengths[self._row]
+            sequence.num_reused = min(staged, len(sequence.prompt_ids))
         return not self._pending(sequence)
 
     def advance(self, sequence: Sequence, most: int) -> int:
-        """Prefill a chunk of at most `most` tokens; returns its tokens. Call `ready` before and after."""
-        models = self._pending(sequence)
-        start = min(model.cache.lengths[self._row] for model in models)
-        chunk = self._token_ids[start : start + most]
+        """Prefill a chunk of at most `most` tokens; returns its tokens. Call `ready` before and after.
+
+        A model that is ahead runs the rest of the chunk, or waits.
+        """
+        models, self._chunk = self._pending(sequence), most
+        first = min(model.cache.lengths[self._row] for model in models)
+        end = min(first + most, len(self._token_ids))
         for model in models:
-            if model.cache.lengths[self._row] == start:
-                scored = self._scored
-                if scored is None or model is not self._models[_scoring_role(scored)]:
-                    model.prefill(self._row, chunk)
-                else:
-                    self._score(model.prefill(self._row, chunk, keep=len(chunk)), scored, start)
-        return len(chunk)
+            start = model.cache.lengths[self._row]
+            chunk, scored = self._token_ids[start:end], self._scored
+            if not chunk:
+                continue
+            if scored is None or model is not self._models[_serving_role(scored)]:
+                model.prefill(self._row, chunk)
+            else:
+                self._score(model.prefill(self._row, chunk, keep=len(chunk)), scored, start)
+        return end - first
 
     def begin_anew(self) -> None:
-        """Forget what the row holds, of which a pass that raised may have written a part."""
-        self._begin_with([], None)
+        """Forget what the row holds: a prompt without numbers, or what a pass that raised has left."""
+        for model in self._models:
+            model.cache.clear_row(self._row, written=self._chunk)
+        self._token_ids, self._scores, self._scored = [], [], None
 
     def prompt_log_probs(self, sequence: Sequence) -> list[TokenLogProb] | None:
         """Log-probs of the prompt's tokens from the second on, None if they were not asked for."""
         return list(self._scores) if sequence.params.prompt_log_probs else None
 
-    def _begin_with(self, cached: list[int], scored: Sequence | None) -> None:
-        self._token_ids = cached
+    def _begin_with(self, sequence: Sequence, cached: list[int]) -> None:
+        self._token_ids, self._salt = cached, sequence.cache_salt
         self._scores = []
-        self._scored = scored
-        for model in self._models:
-            model.cache.clear_row(self._row)
+        self._scored = sequence if sequence.params.prompt_log_probs else None
+        # Scores need the logits of every token, which columns do not hold.
+        self._prefixes.stage(cached, sequence.cache_salt, reuse=self._scored is None)
+        sequence.num_reused = None
 
     def _scores_fit(self, sequence: Sequence) -> bool:
         if not sequence.params.prompt_log_probs:
@@ -88,11 +104,11 @@ class Staging:
             self._scores.append(TokenLogProb(row[0], top))
 
 
-def _scoring_role(sequence: Sequence) -> int:
+def _serving_role(sequence: Sequence) -> int:
     """Whose log-probabilities are reported: the target's (0), or of the draft alone its own (1)."""
     return 0 if sequence.config.uses_target else 1
 
 
 def _scoring_key(sequence: Sequence) -> tuple[int, int, list[int]]:
     # The prompt's last token is scored but not cached, so equal cached tokens do not make equal scores.
-    return _scoring_role(sequence), sequence.params.num_top_log_probs, sequence.prompt_ids
+    return _serving_role(sequence), sequence.params.num_top_log_probs, sequence.prompt_ids

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from decoding.sequence import Sequence
+
 Phase = Literal["prefill", "decode"]
 
 
@@ -28,8 +30,15 @@ class Admissions:
 
     prefill_id: str | None = None
     prefill_tokens: int = 0
+    prompt_tokens: int = 0
     cached_tokens: int = 0
     admitted_ids: list[str] = field(default_factory=list)
+
+    def note(self, sequence: Sequence) -> None:
+        """A sequence has left the queue."""
+        self.admitted_ids.append(sequence.id)
+        self.prompt_tokens += len(sequence.prompt_ids)
+        self.cached_tokens += sequence.num_reused or 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +47,8 @@ class StepStats:
 
     Times are wall seconds, nodes are counted per row, roots apart. `prefill_id` is the sequence whose
     prompt was run, `decode_ids` are those of the group that was decoded, `preset` is its preset's name.
-    `cached_prompt_tokens` are those of admitted prompts that were in the cache already, `admitted_ids`
-    the sequences that were given a row, or that only wanted their prompt scored.
+    `admitted_ids` are the sequences that were given a row, or that only wanted their prompt scored,
+    `prompt_tokens` all of their prompts, `cached_prompt_tokens` those that had not to be run for them.
     """
 
     method: str | None = None
@@ -51,6 +60,7 @@ class StepStats:
     decode_seconds: float = 0.0
     prefill_id: str | None = None
     decode_ids: tuple[str, ...] = ()
+    prompt_tokens: int = 0
     cached_prompt_tokens: int = 0
     admitted_ids: tuple[str, ...] = ()
     forward_times: tuple[ForwardTime, ...] = ()

@@ -77,6 +77,17 @@ def test_move_row_copies_committed_columns_and_the_length() -> None:
     assert cache.lengths == [5, 9, 5]
 
 
+def test_copy_row_copies_as_many_columns_as_it_is_told_and_no_length() -> None:
+    cache = make_cache()
+    before = fill(cache)
+    cache.lengths[:] = [5, 9, 0]
+    cache.copy_row(1, 2, 4)
+    expected = before.clone()
+    expected[:, :, 2, :, :4] = before[:, :, 1, :, :4]
+    assert torch.equal(cache.storage, expected)
+    assert cache.lengths == [5, 9, 0]
+
+
 def test_clear_row_zeroes_all_that_a_sequence_can_have_written() -> None:
     """Committed columns, its tree and the trash column; the neighbours stay as they are."""
     cache = make_cache(capacity=200)
@@ -89,6 +100,11 @@ def test_clear_row_zeroes_all_that_a_sequence_can_have_written() -> None:
     for row in (0, 2):
         assert torch.equal(cache.storage[:, :, row], before[:, :, row])
     assert cache.lengths == [5, 0, 7]
+    cache.clear_row(0, kept=3, written=4)
+    assert torch.equal(cache.storage[:, :, 0, :, :3], before[:, :, 0, :, :3])
+    assert not cache.storage[:, :, 0, :, 3:9].any()
+    assert torch.equal(cache.storage[:, :, 0, :, 9:-1], before[:, :, 0, :, 9:-1])
+    assert cache.lengths == [3, 0, 7]
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from decoding import Sequence
+from decoding.prefix_cache import PrefixCache
 from decoding.rows import RowTable
 from tests.decoding.tiny import request
 
@@ -17,6 +18,7 @@ class FakeCache:
     """Remembers which sequence's columns lie in which row."""
 
     def __init__(self, rows: int) -> None:
+        self.rows, self.capacity = rows, 64
         self.lengths = [0] * rows
         self.content: list[Any] = [None] * rows
 
@@ -24,16 +26,23 @@ class FakeCache:
         self.content[destination] = self.content[source]
         self.lengths[destination] = self.lengths[source]
 
+    def copy_row(self, source: int, destination: int, length: int) -> None:
+        self.content[destination] = self.content[source]
+
+    def clear_row(self, row: int, *, kept: int) -> None:
+        self.lengths[row] = kept
+
     def check_integrity(self, lengths: list[int]) -> None:
         assert self.lengths[: len(lengths)] == lengths
 
 
 def make_table(rows: int = 4) -> tuple[RowTable, list[FakeCache]]:
     caches = [FakeCache(rows + 1), FakeCache(rows + 1)]
-    return RowTable(caches, rows), caches  # type: ignore[arg-type]
+    return RowTable(caches, rows, PrefixCache(caches, rows)), caches  # type: ignore[arg-type]
 
 
 def insert(table: RowTable, caches: list[FakeCache], sequence: Sequence) -> None:
+    table._prefixes.stage(sequence.prompt_ids[:-1], "", reuse=False)
     for cache in caches:
         cache.content[table.staging] = sequence.id
         cache.lengths[table.staging] = sequence.num_cached
@@ -43,11 +52,15 @@ def insert(table: RowTable, caches: list[FakeCache], sequence: Sequence) -> None
 @settings(max_examples=150, deadline=None)
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 5), st.integers(1, 5)), max_size=25))
 def test_rows_stay_grouped_and_keep_their_columns(actions: list[tuple[bool, int, int]]) -> None:
-    """Guards a row copied over one that is still needed, and a length left behind."""
+    """Guards a row copied over one that is still needed, and a length left behind.
+
+    Rows that were left may be copied from: what they are said to hold is what they hold.
+    """
     table, caches = make_table()
     for number, (joins, which, length) in enumerate(actions):
         if joins and table.num_free:
-            insert(table, caches, request(str(number), [1] * length, METHODS[which % 3]))
+            insert(table, caches, request(str(number), [number] * length, METHODS[which % 3]))
+            table.set_lengths(slice(0, len(table)))
         elif len(table):
             removed = table.sequences[which % len(table)]
             assert table.remove(which % len(table)) is removed
@@ -56,6 +69,10 @@ def test_rows_stay_grouped_and_keep_their_columns(actions: list[tuple[bool, int,
         for row, sequence in enumerate(table.sequences):
             assert table.find(sequence.id) == row
             assert [cache.content[row] for cache in caches] == [sequence.id] * 2
+        for row, held in enumerate(table._prefixes._held[:-1]):
+            for cache, columns in zip(caches, held.lengths, strict=True):
+                first = int(table._prefixes._tokens[row, 0])
+                assert not columns or cache.content[row] == str(first), (row, held)
         covered = [row for _, rows in table.groups() for row in range(rows.start, rows.stop)]
         assert covered == list(range(len(table)))
 

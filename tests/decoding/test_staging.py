@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from decoding import Engine, FinishReason, ModelPair, Sequence
+from decoding.prefix_cache import PrefixCache
 from decoding.staging import Staging
 from tests.decoding.test_engine import poisoned
 from tests.decoding.tiny import drain, generate, llama_pair, make_pair, plain, request, tiny_gpt2, tiny_llama
@@ -147,7 +148,8 @@ def test_cancelled_sequences_scores_are_not_given_to_its_namesake(pair: ModelPai
 def test_both_models_take_the_same_chunks() -> None:
     """One that is ahead waits; each holds the prompt but its root in the end."""
     pair = make_pair(tiny_llama(), tiny_gpt2(), rows=3)
-    staging = Staging(list(pair.models.values()), 2)
+    models = list(pair.models.values())
+    staging = Staging(models, 2, PrefixCache([model.cache for model in models], 2))
     only_target, both = request("a", PROMPT, "target"), request("b", PROMPT, "mmtad")
     assert not staging.ready(only_target)
     assert staging.advance(only_target, 4) == 4

@@ -182,12 +182,19 @@ CONFIG_FIELDS = {
 }
 
 
-def request(id: str, prompt: list[int], method: Any = "mmtad", *, choice: int = 0, **fields: Any) -> Sequence:
+def request(
+    id: str,
+    prompt: list[int],
+    method: Any = "mmtad",
+    *,
+    choice: int = 0,
+    cache_salt: str = "",
+    **fields: Any,
+) -> Sequence:
     """A sequence; `fields` are those of `DecodingConfig` and of `SamplingParams` together."""
     config = {name: fields.pop(name) for name in list(fields) if name in CONFIG_FIELDS}
-    return Sequence(
-        id, prompt, SamplingParams(**fields), DecodingConfig(method=method, **config), choice=choice
-    )
+    decoding = DecodingConfig(method=method, **config)
+    return Sequence(id, prompt, SamplingParams(**fields), decoding, choice=choice, cache_salt=cache_salt)
 
 
 def batch_of(sequences: list[Sequence], vocab_size: int = VOCAB, eos: tuple[int, ...] = ()) -> Batch:
