@@ -36,15 +36,24 @@ class Job:
 
 
 class Admission:
-    """Checks requests against one configuration and one loaded pair."""
+    """Checks requests against one configuration and one loaded pair.
+
+    Requests of one `cache_salt` may share columns of the caches.
+    """
 
     def __init__(
-        self, config: ServerConfig, model: ReadyEvent, codec: TextCodec, template: ChatTemplate | None = None
+        self,
+        config: ServerConfig,
+        model: ReadyEvent,
+        codec: TextCodec,
+        template: ChatTemplate | None = None,
+        cache_salt: str = "",
     ) -> None:
         self._config = config
         self._model = model
         self._codec = codec
         self._template = template
+        self._cache_salt = cache_salt
 
     async def admit(self, request: CompletionRequest, *, arrived: float) -> Job:
         """Raises InvalidRequestError."""
@@ -153,6 +162,7 @@ class Admission:
                 n=n,
                 choice_offset=index * n,
                 confirm_end=bool(request.stops),
+                cache_salt=self._cache_salt,
             )
             for index, prompt_ids in enumerate(prompts)
         ]

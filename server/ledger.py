@@ -24,12 +24,14 @@ class Choice:
     step_sizes: list[int] = field(default_factory=list)
     speculation: list[SpeculationStep] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
+    num_reused: int | None = None
     decoded: FinishReason | None = None
     finished: FinishReason | None = None
 
     def record(self, output: SequenceOutput) -> None:
         self.log_probs.extend(output.log_probs)
         self.decoded = output.finish_reason
+        self.num_reused = output.num_reused
         if output.token_ids:
             self.step_sizes.append(len(output.token_ids))
             self.speculation.append(
@@ -76,6 +78,7 @@ class Ticket:
                 params=command.params,
                 config=command.config,
                 choice=choice.index,
+                cache_salt=command.cache_salt,
             )
             for choice in self.choices
         ]
@@ -128,6 +131,7 @@ class Ticket:
             queue_seconds=started - self.received,
             speculation=self._speculation(),
             energy=energy,
+            cached_tokens=min((c.num_reused for c in self.choices if c.num_reused is not None), default=0),
         )
 
     def _speculation(self) -> list[SpeculationStep]:

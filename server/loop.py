@@ -256,6 +256,7 @@ class WorkerLoop:
                 num_waiting=self._engine.num_waiting,
                 cache_usage=self._engine.cache_usage(),
                 draft_enabled=self._engine.draft_enabled,
+                prompt_tokens=last.prompt_tokens,
                 cached_prompt_tokens=last.cached_prompt_tokens,
                 out_of_memory=out_of_memory,
                 forward=_forward_stats(last.forward_times),

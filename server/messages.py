@@ -39,6 +39,7 @@ class LoadCommand(Message, frozen=True, kw_only=True):
     dtype: str
     max_model_len: int | None
     max_num_seqs: int
+    enable_prefix_caching: bool = True
     worker: int = 0
     num_workers: int = 1
     energy_source: str = "none"
@@ -48,7 +49,8 @@ class GenerateCommand(Message, frozen=True, kw_only=True):
     """One prompt, `n` choices, the first of which is number `choice_offset` in the response.
 
     `confirm_end` says that the caller may cut the text (stop strings): every choice then ends with
-    the caller's `FinishCommand`, so that no token behind the cut is ever counted.
+    the caller's `FinishCommand`, so that no token behind the cut is ever counted. Commands of another
+    `cache_salt` share no columns of the caches with it.
     """
 
     id: str
@@ -58,6 +60,7 @@ class GenerateCommand(Message, frozen=True, kw_only=True):
     n: int = 1
     choice_offset: int = 0
     confirm_end: bool = False
+    cache_salt: str = ""
 
 
 class CancelCommand(Message, frozen=True, kw_only=True):
@@ -164,7 +167,8 @@ class EnergyUsage(msgspec.Struct, frozen=True, kw_only=True):
 class GenerationStats(msgspec.Struct, frozen=True, kw_only=True):
     """Counts of one command over its choices; `log_prob_sum` in nats, `queue_seconds` of the first.
 
-    `energy` is None where it was not measured.
+    `cached_tokens` are those of the prompt that no choice had to run. `energy` is None where it was not
+    measured.
     """
 
     prompt_tokens: int
@@ -174,6 +178,7 @@ class GenerationStats(msgspec.Struct, frozen=True, kw_only=True):
     queue_seconds: float
     speculation: list[SpeculationStep]
     energy: EnergyUsage | None = None
+    cached_tokens: int = 0
 
 
 class FinishedEvent(Message, frozen=True, kw_only=True):
@@ -219,6 +224,7 @@ class StepStatsEvent(Message, frozen=True, kw_only=True):
     num_waiting: int
     cache_usage: dict[str, float]
     draft_enabled: bool = True
+    prompt_tokens: int = 0
     cached_prompt_tokens: int = 0
     out_of_memory: bool = False
     forward: list[ForwardStats] = []

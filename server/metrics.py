@@ -6,6 +6,8 @@ templates. Ratios are for recording rules, for example
     acceptance rate   rate(mmtad_accepted_tokens_total[5m]) / rate(mmtad_draft_tokens_total[5m])
     block efficiency  rate(mmtad_generation_tokens_total[5m]) / rate(mmtad_decode_steps_total[5m])
     tokens per second rate(mmtad_generation_tokens_total[1m])
+    prefix cache hits rate(mmtad_prefix_cache_hit_tokens_total[5m])
+                      / rate(mmtad_prefix_cache_query_tokens_total[5m])
 """
 
 import itertools
@@ -158,6 +160,9 @@ class Metrics:
         self.cached_prompt_tokens = self._counter(
             "prefix_cache_hit_tokens", "Prompt tokens that a cache held when they were admitted.", ("model",)
         )
+        self.admitted_prompt_tokens = self._counter(
+            "prefix_cache_query_tokens", "Prompt tokens that were looked for in the caches.", ("model",)
+        )
         self.log_prob_per_token = self._histogram(
             "target_logprob_per_token",
             "Mean target log-probability of a prompt's delivered tokens, in nats.",
@@ -216,6 +221,7 @@ class Metrics:
             self.forward_passes.labels(*labels).inc(forward.num_passes)
         self.cached_prompt_tokens.labels(model).inc(event.cached_prompt_tokens)
         self.out_of_memory.labels(worker).inc(event.out_of_memory)
+        self.admitted_prompt_tokens.labels(model).inc(event.prompt_tokens)
         if event.method is not None:
             self.step_sequences.labels(event.method).observe(event.num_sequences)
             if event.num_tree_nodes:

@@ -48,6 +48,8 @@ class VllmNames(Collector):
         yield self._cache_usage()
         yield self._counter("prompt_tokens", metrics.prompt_tokens)
         yield self._counter("generation_tokens", metrics.generation_tokens)
+        yield self._counter("prefix_cache_queries", metrics.admitted_prompt_tokens)
+        yield self._counter("prefix_cache_hits", metrics.cached_prompt_tokens)
         yield self._drafts()
         yield self._counter("spec_decode_num_draft_tokens", metrics.draft_tokens)
         yield self._counter("spec_decode_num_accepted_tokens", metrics.accepted_tokens)
@@ -63,6 +65,7 @@ class VllmNames(Collector):
 
     def _counter(self, name: str, metric: Collector, *labels: str) -> Metric:
         own_name = name.removeprefix("spec_decode_num_").replace("_per_pos", "_by_position")
+        own_name = own_name.replace("_queries", "_query_tokens").replace("_hits", "_hit_tokens")
         family = CounterMetricFamily(f"vllm:{name}", f"As mmtad_{own_name}_total.", labels=(*LABELS, *labels))
         for (model, *values), value in _sums(metric, "model", *labels).items():
             family.add_metric((model, ENGINE, *values), value)

@@ -55,8 +55,13 @@ class Report:
     def completion_tokens(self) -> int:
         return sum(stats.completion_tokens for stats in self.stats)
 
-    def usage(self) -> dict[str, int]:
-        return usage(self.prompt_tokens, self.completion_tokens)
+    def usage(self) -> dict[str, Any]:
+        """Once every command has ended."""
+        cached_tokens = sum(stats.cached_tokens for stats in self.stats)
+        return {
+            **usage(self.prompt_tokens, self.completion_tokens),
+            "prompt_tokens_details": {"cached_tokens": cached_tokens},
+        }
 
     def log_fields(self) -> dict[str, Any]:
         """What the request's line in the log says: numbers and names, `user` as a hash.

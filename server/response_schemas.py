@@ -29,10 +29,19 @@ class ErrorBody(Answer):
     error: ErrorDetail
 
 
+class PromptTokensDetails(Answer):
+    """`cached_tokens` of the prompts did not have to be computed; they are among `prompt_tokens`."""
+
+    cached_tokens: int
+
+
 class Usage(Answer):
+    """Of the whole response, or with `continuous_usage_stats` so far, then without the details."""
+
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails | None = None
 
 
 class SpeculativeDecoding(Answer):

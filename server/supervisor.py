@@ -22,7 +22,15 @@ STDERR = 2
 log = structlog.get_logger("server.supervisor")
 
 
-LOADED_SETTINGS = ("device", "dtype", "max_model_len", "max_num_seqs", "num_workers", "energy_source")
+LOADED_SETTINGS = (
+    "device",
+    "dtype",
+    "max_model_len",
+    "max_num_seqs",
+    "enable_prefix_caching",
+    "num_workers",
+    "energy_source",
+)
 
 
 def load_command(config: ServerConfig, index: int) -> LoadCommand:

@@ -104,7 +104,9 @@ def load_engine(command: LoadCommand, outbox: Outbox) -> Loaded:
     outbox.put(LoadingEvent(stage="models"))
     outbox.flush(wait=True)
     pair = load_pair(command)
-    engine: EngineLike = decoding.Engine(pair, max_num_seqs=command.max_num_seqs)
+    engine: EngineLike = decoding.Engine(
+        pair, max_num_seqs=command.max_num_seqs, prefix_caching=command.enable_prefix_caching
+    )
     source = open_energy(command, str(pair.device))
     outbox.put(describe(pair, time.monotonic() - started, source))
     outbox.flush(wait=True)

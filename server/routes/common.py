@@ -20,8 +20,9 @@ def body_of(kind: type[BaseModel]) -> dict[str, Any]:
 
 
 def admission_of(request: Request) -> Admission:
-    """Behind the gates a pair is loaded."""
+    """Behind the gates a pair is loaded. What one key's prompts leave in the caches serves no other key."""
     pool: WorkerPool = request.app.state.pool
     assert pool.model is not None
     assert pool.codec is not None
-    return Admission(request.app.state.config, pool.model, pool.codec, pool.template)
+    key = getattr(request.state, "key_digest", "")
+    return Admission(request.app.state.config, pool.model, pool.codec, pool.template, cache_salt=key)

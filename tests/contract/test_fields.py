@@ -114,7 +114,9 @@ async def test_streams(server: RunningServer, route: str, method: str) -> None:
         ]
     assert not any("usage" in chunk for chunk in (*plain, *streams[0]))
     for chunks in streams[1:]:
-        assert (chunks[-1]["choices"], chunks[-1]["usage"]) == ([], whole["usage"])
+        end = chunks[-1]
+        assert (end["choices"], end["usage"]["total_tokens"]) == ([], whole["usage"]["total_tokens"])
+        assert 0 <= end["usage"]["prompt_tokens_details"]["cached_tokens"] < end["usage"]["prompt_tokens"]
         assert chunks[-1]["metrics"]["speculative"] == whole["metrics"]["speculative"]
     assert all(chunk["usage"] is None for chunk in streams[1][:-1])
     counts = [chunk["usage"]["completion_tokens"] for chunk in streams[2]]

@@ -41,6 +41,11 @@ def stream(server: RunningServer, **fields: Any) -> dict[str, Any]:
     return result
 
 
+def counts(result: dict[str, Any]) -> dict[str, int]:
+    """Tokens of a response, without what was cached of them, which depends on who came before."""
+    return {name: count for name, count in result["usage"].items() if name != "prompt_tokens_details"}
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("temperature", [0, 1])
 def test_streamed_equals_whole(server: RunningServer, method: str, temperature: float) -> None:
@@ -49,7 +54,7 @@ def test_streamed_equals_whole(server: RunningServer, method: str, temperature: 
     streamed = stream(server, **fields)
     choice = whole["choices"][0]
     assert (streamed["text"], streamed["finish_reason"]) == (choice["text"], choice["finish_reason"])
-    assert streamed["usage"] == whole["usage"]
+    assert counts(streamed) == counts(whole)
     assert whole["metrics"]["speculative"]["method"] == method
     if method in ("speculative", "multi_candidate", "mtad", "mmtad"):
         speculation = whole["metrics"]["speculative_decoding"]
@@ -68,7 +73,7 @@ def test_stop_strings_cut_streams_and_wholes_alike(server: RunningServer) -> Non
     streamed = stream(server, stop=stop, ignore_eos=True)
     assert whole["choices"][0]["text"] == streamed["text"] == text[: text.index(stop)]
     assert whole["choices"][0]["stop_reason"] == stop
-    assert streamed["usage"] == whole["usage"]
+    assert counts(streamed) == counts(whole)
     assert whole["usage"]["completion_tokens"] < 24
 
 
@@ -195,6 +200,20 @@ def test_max_tokens_zero(server: RunningServer) -> None:
     result = complete(server, max_tokens=0)
     assert result["choices"][0]["finish_reason"] == "length"
     assert result["usage"]["completion_tokens"] == 0
+
+
+@pytest.mark.parametrize("method", ["target", "draft", "mmtad"])
+def test_prompts_that_begin_alike_share(server: RunningServer, method: str) -> None:
+    """Usage and metrics say how much; a text of its own is computed whole."""
+    names = ("mmtad_prefix_cache_query_tokens_total", "mmtad_prefix_cache_hit_tokens_total")
+    before = [server.metric(name) for name in names]
+    shared = f"{method}: these words begin two prompts. "
+    uses = [complete(server, prompt=shared + end, speculative={"method": method})["usage"] for end in "ab"]
+    cached = [use["prompt_tokens_details"]["cached_tokens"] for use in uses]
+    assert cached[0] < uses[0]["prompt_tokens"] / 2 < cached[1] < uses[1]["prompt_tokens"]
+    after = [server.metric(name) for name in names]
+    assert after[0] - before[0] == uses[0]["prompt_tokens"] + uses[1]["prompt_tokens"]
+    assert after[1] - before[1] == sum(cached)
 
 
 def test_metrics_agree_with_usage(server: RunningServer) -> None:

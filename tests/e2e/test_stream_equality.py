@@ -54,6 +54,8 @@ class Answer:
         for part in body["choices"]:
             self.choices.setdefault(part["index"], Choice()).add(part)
         self.usage, self.metrics = body.get("usage"), body.get("metrics")
+        if self.usage is not None:  # what was cached depends on who came before
+            self.usage.pop("prompt_tokens_details", None)
 
 
 async def whole(client: httpx.AsyncClient, request: dict[str, Any]) -> Answer:

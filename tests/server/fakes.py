@@ -81,7 +81,7 @@ class ScriptedEngine:
     """Delivers `script(sequence)`, `tokens_per_step` at a time, in rows as the real one.
 
     `gate` holds every step until it is set, `hold_after` clears it in that step, so before its output
-    is seen; `failures` are raised by the next steps.
+    is seen; `failures` are raised by the next steps. `num_reused` of every prompt were cached.
     """
 
     script: Script = field(default_factory=lambda: constant("abcdefghij"))
@@ -96,6 +96,7 @@ class ScriptedEngine:
     last_step: StepStats = field(default_factory=StepStats)
     num_steps: int = 0
     draft_enabled: bool = True
+    num_reused: int = 0
     _running: list[Sequence] = field(default_factory=list)
     _waiting: deque[Sequence] = field(default_factory=deque)
 
@@ -159,6 +160,8 @@ class ScriptedEngine:
             num_tree_nodes=4,
             decode_ids=ids,
             admitted_ids=tuple(each.id for each in admitted),
+            prompt_tokens=sum(len(each.prompt_ids) for each in admitted),
+            cached_prompt_tokens=self.num_reused * len(admitted),
             forward_times=(ForwardTime("target", "decode", method, 1, 0.001, ids),),
         )
         return outputs
@@ -191,6 +194,7 @@ class ScriptedEngine:
             num_accepted_tokens=min(max(len(new) - 1, 0), drafted),
             top_log_probs=[scripted_top(token, num_top) for token in new] if num_top else None,
             prompt_log_probs=scripted_scores(sequence) if first else None,
+            num_reused=self.num_reused,
         )
 
 

@@ -91,8 +91,21 @@ async def test_every_route_but_the_open_ones_needs_a_key(locked: Served) -> None
     check_error(await locked.client.get("/nope", headers=bearer(KEYS[0])), 404, None, None)
 
 
+async def test_keys_share_no_cache(locked: Served) -> None:
+    """Nor does a key's salt hold the key."""
+    body = {"model": "tiny", "prompt": "x", "max_tokens": 1}
+    for key in (*KEYS, KEYS[0]):
+        response = await locked.client.post("/v1/completions", json=body, headers=bearer(key))
+        assert response.status_code == 200
+    salts = [sequence.cache_salt for sequence in locked.engine.added]
+    assert salts[0] == salts[2] != salts[1] != ""
+    assert not any(key in salt for key in KEYS for salt in salts)
+
+
 async def test_without_keys_everything_is_open(served: Served) -> None:
     assert (await served.client.get("/v1/models")).status_code == 200
+    await served.complete()
+    assert served.engine.added[0].cache_salt == ""
 
 
 async def test_keys_are_in_no_log(locked: Served, logs: Any) -> None:

@@ -11,7 +11,7 @@ from server.errors import InvalidRequestError
 from tests.server.conftest import Serve, Served
 from tests.server.fakes import BOS, CONTEXT, EOS, ScriptedEngine, constant, ids_of, ready_event
 from tests.server.test_bad_input import check_error
-from tests.server.test_completions import METHODS, events
+from tests.server.test_completions import METHODS, events, usage
 
 HELLO = [{"role": "user", "content": "hi"}]
 ANSWER = {"role": "assistant", "content": "yo", "refusal": None, "tool_calls": []}
@@ -36,7 +36,7 @@ async def test_response_has_every_field(served: Served) -> None:
             "stop_reason": None,
         }
     ]
-    assert body["usage"] == {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}
+    assert body["usage"] == usage(7, 3)
     assert body["metrics"]["speculative"]["method"] == "mmtad"
     assert body["metrics"]["seed"] == 5
     assert served.engine.added[0].prompt_ids == HELLO_IDS

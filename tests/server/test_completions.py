@@ -40,6 +40,15 @@ def streamed_choices(chunks: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
     return choices
 
 
+def usage(prompt: int, completion: int, cached: int = 0) -> dict[str, Any]:
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": cached},
+    }
+
+
 async def test_response_has_every_field(served: Served) -> None:
     response = await served.complete(prompt="xyz", max_tokens=7, seed=5)
     assert response.status_code == 200
@@ -51,7 +60,7 @@ async def test_response_has_every_field(served: Served) -> None:
     assert body["choices"] == [
         {"index": 0, "text": "abcdefg", "logprobs": None, "finish_reason": "length", "stop_reason": None}
     ]
-    assert body["usage"] == {"prompt_tokens": 3, "completion_tokens": 7, "total_tokens": 10}
+    assert body["usage"] == usage(3, 7)
     metrics = body["metrics"]
     assert metrics["energy"] is None
     assert metrics["seed"] == 5
@@ -188,7 +197,7 @@ async def test_choices_of_several_prompts_are_numbered(served: Served) -> None:
     assert [choice["index"] for choice in choices] == list(range(9))
     assert {choice["text"] for choice in choices} == {"abcd"}
     assert [sequence.choice for sequence in served.engine.added] == list(range(9))
-    assert response.json()["usage"] == {"prompt_tokens": 3, "completion_tokens": 36, "total_tokens": 39}
+    assert response.json()["usage"] == usage(3, 36)
 
 
 async def test_parameters_reach_the_engine(served: Served) -> None:
@@ -260,7 +269,7 @@ async def test_max_tokens_zero(served: Served) -> None:
         "finish_reason": "length",
         "stop_reason": None,
     }
-    assert body["usage"] == {"prompt_tokens": 1, "completion_tokens": 0, "total_tokens": 1}
+    assert body["usage"] == usage(1, 0)
     assert body["metrics"]["target_logprob_mean"] is None
     assert body["metrics"]["tokens_per_second"] is None
 
@@ -352,14 +361,28 @@ async def test_stream_usage(served: Served) -> None:
     chunks = events(await served.complete(max_tokens=7, stream=True, stream_options=options))
     assert [chunk["usage"] for chunk in chunks[:-1]] == [None] * 3
     assert chunks[-1]["choices"] == []
-    assert chunks[-1]["usage"] == {"prompt_tokens": 1, "completion_tokens": 7, "total_tokens": 8}
+    assert chunks[-1]["usage"] == usage(1, 7)
     assert chunks[-1]["metrics"]["speculative_decoding"]["num_spec_steps"] == 3
+
+
+async def test_usage_says_how_much_of_the_prompts_was_cached(serve: Serve) -> None:
+    """Choices of one prompt are counted as it is, once; streamed as whole; metrics count every choice."""
+    async with serve(ScriptedEngine(num_reused=2)) as served:
+        fields = {"prompt": ["xyz", "uvw"], "n": 2, "max_tokens": 3}
+        whole = (await served.complete(**fields)).json()
+        assert whole["usage"] == usage(6, 12, cached=4)
+        options = {"stream": True, "stream_options": {"include_usage": True}}
+        chunks = events(await served.complete(**fields, **options))
+        assert chunks[-1]["usage"] == whole["usage"]
+        assert served.metric("mmtad_prefix_cache_hit_tokens_total", model="tiny") == 2 * 4 * 2
+        assert served.metric("mmtad_prefix_cache_query_tokens_total", model="tiny") == 2 * 4 * 3
 
 
 async def test_stream_continuous_usage(served: Served) -> None:
     options = {"include_usage": True, "continuous_usage_stats": True}
     chunks = events(await served.complete(max_tokens=7, stream=True, stream_options=options))
     assert [chunk["usage"]["completion_tokens"] for chunk in chunks] == [3, 6, 7, 7]
+    assert ["prompt_tokens_details" in chunk["usage"] for chunk in chunks] == [False, False, False, True]
 
 
 async def test_delivered_tokens_equal_usage(served: Served) -> None:

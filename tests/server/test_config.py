@@ -15,6 +15,7 @@ from server.keys import key_digests, known_digest
 from server.network_config import is_loopback
 from server.report import fingerprint_source, system_fingerprint
 from server.speculative_config import Acceptance, AcceptanceReference, MethodName
+from server.supervisor import load_command
 
 
 @pytest.fixture(autouse=True)
@@ -221,6 +222,14 @@ def test_fingerprint_follows_what_decides_the_text() -> None:
     for arguments in (["--seed", "1"], ["--speculative-config.beam-width", "2"], ["--dtype", "float32"]):
         assert system_fingerprint(load_config(arguments)) != system_fingerprint(base)
     assert "port" not in fingerprint_source(base)
+
+
+@pytest.mark.parametrize("flag", [True, False])
+def test_prefix_caching_reaches_the_worker(flag: bool) -> None:
+    """On unless it is turned off, by a flag as vLLM's."""
+    assert load_command(load_config([]), 0).enable_prefix_caching
+    arguments = [f"--{'' if flag else 'no-'}enable-prefix-caching"]
+    assert load_command(load_config(arguments), 0).enable_prefix_caching == flag
 
 
 def test_literals_are_those_of_decoding() -> None:

@@ -10,7 +10,7 @@ from server.choice_text import Prefix
 from server.text import TextCodec
 from tests.server.conftest import Serve, Served
 from tests.server.fakes import BOS, EOS, ScriptedEngine, byte_tokenizer, constant, ids_of, save_tokenizer
-from tests.server.test_completions import events
+from tests.server.test_completions import events, usage
 from tests.server.test_text import CODEC, word_codec
 
 LISTS = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
@@ -141,7 +141,7 @@ async def test_echo_scores_the_prompt(served: Served) -> None:
         "top_logprobs": [None, {"y": -0.5}, {"z": -0.5}],
         "text_offset": [0, 1, 2],
     }
-    assert body["usage"] == {"prompt_tokens": 3, "completion_tokens": 0, "total_tokens": 3}
+    assert body["usage"] == usage(3, 0)
 
 
 @pytest.mark.parametrize("stream", [False, True])

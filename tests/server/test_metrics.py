@@ -39,6 +39,8 @@ def step_event(method: str = "mmtad", preset: str | None = "mmtad-4x4", **fields
         "num_sequences": 2,
         "num_tree_nodes": 16,
         "prefill_tokens": 0,
+        "prompt_tokens": 5,
+        "cached_prompt_tokens": 3,
         "prefill_seconds": 0.0,
         "decode_seconds": 0.01,
         "num_running": 2,
@@ -268,6 +270,9 @@ def test_vllm_names_show_our_numbers() -> None:
     for name in ("draft_tokens", "accepted_tokens"):
         value = shown[f"vllm:spec_decode_num_{name}_total", *engine]
         assert value == ours(f"mmtad_{name}_total", model="tiny") > 0
+    for name, own in (("queries", "query"), ("hits", "hit")):
+        value = shown[f"vllm:prefix_cache_{name}_total", *engine]
+        assert value == ours(f"mmtad_prefix_cache_{own}_tokens_total", model="tiny") > 0
     assert shown["vllm:spec_decode_num_drafts_total", *engine] == ours("mmtad_accepted_length_count") > 0
     for position in ("0", "15"):
         key = ("vllm:spec_decode_num_accepted_tokens_per_pos_total", *engine, ("position", position))
