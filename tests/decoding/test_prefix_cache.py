@@ -125,7 +125,7 @@ def test_held_columns_equal_recomputation_in_random_traffic() -> None:
     rng = random.Random(4)
     known, compared, reused = [PROMPT, BRANCH], Counter[str](), Counter[str]()
     engine = Engine(pair, 4, prefill_chunk=4)
-    for step in range(120):
+    for step in range(80):
         while engine.num_running + engine.num_waiting < rng.choice([1, 2, 4]):
             base = rng.choice(known[-6:])
             prompt = [*base[: rng.randint(1, 40)], *(rng.randrange(24) for _ in range(rng.randint(1, 4)))]
@@ -151,7 +151,7 @@ def test_held_columns_equal_recomputation_in_random_traffic() -> None:
         engine.check_integrity()
         with torch.inference_mode():
             compared += assert_held_columns_equal_recomputation(engine, references)
-    assert min(compared[f"{kind} {role}"] for kind in ("staged", "running", "left") for role in (0, 1)) > 20
+    assert min(compared[f"{kind} {role}"] for kind in ("staged", "running", "left") for role in (0, 1)) > 10
     assert min(reused[method] for method in METHODS) > 5
 
 
@@ -311,13 +311,13 @@ def test_step_that_broke_off_leaves_nothing_to_copy(monkeypatch: pytest.MonkeyPa
 
     def break_off(rows: slice, *_: Any, **__: Any) -> torch.Tensor:
         pair.target.cache.storage[:, :, rows] = torch.nan
-        raise RuntimeError("no memory")
+        raise RuntimeError("broken")
 
     with monkeypatch.context() as patch:
         patch.setattr(pair.target, "forward", break_off)
-        with pytest.raises(RuntimeError, match="no memory"):
+        with pytest.raises(RuntimeError, match="broken") as raised:
             engine.step()
-    assert engine.retreat() is None
+    assert engine.retreat(raised.value) is None
     assert engine.cancel("breaks")
     engine.check_integrity()
     after = ask("after", BRANCH, "target")
