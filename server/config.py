@@ -65,7 +65,6 @@ class ServerConfig(NetworkConfig, BaseSettings):
     enable_prefix_caching: CliDualFlag[bool] = Field(
         default=True, description="Whether prompts that begin alike share what the caches hold of them."
     )
-    num_workers: int = Field(default=1, ge=1, le=64, description="Processes that decode, one per GPU.")
     worker_timeout: float = Field(
         default=30.0, gt=0, description="Seconds without a step after which a busy worker is replaced."
     )
