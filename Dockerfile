@@ -4,6 +4,8 @@ ARG BASE=python:3.11-slim-bookworm
 
 FROM ${BASE} AS build
 ARG PIP_EXTRA_INDEX_URL=""
+# --ray adds what nodes of a cluster need (deploy/ray).
+ARG INSTALL=--energy
 ENV HOME=/home/mmtad PIP_NO_CACHE_DIR=1 PYTHONDONTWRITEBYTECODE=1
 WORKDIR /app
 # Only what decides which packages are installed, so that a change of the code reuses this layer.
@@ -11,7 +13,7 @@ COPY LICENSE README.md constraints.txt pyproject.toml ./
 COPY scripts/install scripts/install
 COPY decoding/__init__.py decoding/
 COPY server/__init__.py server/
-RUN scripts/install --energy
+RUN scripts/install "${INSTALL}"
 COPY models/SmolLM2-135M-Instruct-draft models/SmolLM2-135M-Instruct-draft
 COPY decoding decoding
 # The embedded pair becomes checkpoints under HOME.

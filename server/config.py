@@ -3,6 +3,7 @@
 Precedence: flag, environment, file, default. Flags carry vLLM's names.
 """
 
+import importlib.util
 import os
 import sys
 from collections.abc import Sequence
@@ -65,6 +66,10 @@ class ServerConfig(NetworkConfig, BaseSettings):
     enable_prefix_caching: CliDualFlag[bool] = Field(
         default=True, description="Whether prompts that begin alike share what the caches hold of them."
     )
+    worker_backend: Literal["local", "ray"] = Field(
+        default="local", description="Where workers run: on this machine, or on the nodes of a Ray cluster."
+    )
+    ray_address: str = Field(default="auto", description="HOST:PORT of the cluster that this machine is in.")
     worker_timeout: float = Field(
         default=30.0, gt=0, description="Seconds without a step after which a busy worker is replaced."
     )
@@ -94,6 +99,12 @@ class ServerConfig(NetworkConfig, BaseSettings):
         if any(not 1 <= len(name) <= 256 for name in names):
             raise ValueError("each name must have 1 to 256 characters")
         return names
+
+    @model_validator(mode="after")
+    def _backend_is_installed(self) -> Self:
+        if self.worker_backend == "ray" and importlib.util.find_spec("ray") is None:
+            raise ValueError("--worker-backend ray needs Ray: pip install 'mmtad-server[ray]'")
+        return self
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

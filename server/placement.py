@@ -83,7 +83,7 @@ class Placement:
     def __init__(self) -> None:
         self.workers: list[WorkerState] = []
         self._queue: deque[Pending] = deque()
-        self._deaths: deque[float] = deque(maxlen=STORM_DEATHS)
+        self._deaths: list[float] = []  # of the last `STORM_SECONDS`
 
     @property
     def any_ready(self) -> bool:
@@ -113,7 +113,16 @@ class Placement:
     def stuck(self, now: float, step_seconds: float, load_seconds: float) -> Iterator[WorkerState]:
         return (worker for worker in self.workers if worker.is_stuck(now, step_seconds, load_seconds))
 
+    @property
+    def storm_deaths(self) -> int:
+        """More than when all workers of some machine die with it, and once again."""
+        return max(STORM_DEATHS, 2 * len(self.workers) + 1)
+
+    @property
+    def storm(self) -> str:
+        return f"{self.storm_deaths} workers died within {STORM_SECONDS:.0f} s"
+
     def note_death(self, now: float) -> bool:
         """Whether so many died so soon one after another that starting more helps nobody."""
-        self._deaths.append(now)
-        return len(self._deaths) == STORM_DEATHS and now - self._deaths[0] <= STORM_SECONDS
+        self._deaths = [each for each in self._deaths if now - each <= STORM_SECONDS] + [now]
+        return len(self._deaths) >= self.storm_deaths

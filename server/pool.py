@@ -33,9 +33,9 @@ from server.messages import (
 from server.metrics import Metrics
 from server.open_commands import OpenCommands
 from server.pending import GenerationEvent, Pending, Stream, Worker
-from server.placement import STORM_DEATHS, STORM_SECONDS, Placement, WorkerState
+from server.placement import Placement, WorkerState
 from server.reservations import Reservation, Reservations
-from server.supervisor import WorkerProcess, load_command
+from server.supervisor import WorkerProcess, launch_of, load_command
 from server.text import TextCodec
 from server.turns import Turn
 
@@ -51,7 +51,8 @@ WATCH_SECONDS = 1.0
 class WorkerPool:
     """Workers, their requests, and the bounds on both.
 
-    `launch` starts a worker (tests give a scripted one). The pool is used from one event loop.
+    `launch` starts a worker on this machine (tests give a scripted one). The pool is used from one event
+    loop.
     """
 
     def __init__(self, config: ServerConfig, metrics: Metrics, launch: Launch = WorkerProcess) -> None:
@@ -64,7 +65,7 @@ class WorkerPool:
         self._fatal: FatalEvent | None = None
         self._failed = asyncio.Event()
         self._config = config
-        self._launch = launch
+        self._launch: Launch = launch_of(config, launch)
         self._placement = Placement()
         self._open_commands = OpenCommands(metrics, self._placement)
         self._tasks: set[asyncio.Task[None]] = set()
@@ -273,7 +274,7 @@ class WorkerPool:
         self._record_rows()
         log.error("worker_died", worker=worker.name, commands=len(victims))
         if self._placement.note_death(now):
-            message = f"{STORM_DEATHS} workers died within {STORM_SECONDS:.0f} s: the log says of what"
+            message = f"{self._placement.storm}: the log says of what"
             self._on_fatal(FatalEvent(message=message, exit_code=1))
         self._placement.place_again(
             [pending for pending in victims if self._open_commands.survives(pending)], now

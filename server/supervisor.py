@@ -12,6 +12,7 @@ import structlog
 
 from server.config import WORKER_LINK_FLAG, ServerConfig, worker_environment
 from server.messages import Command, Event, LoadCommand, StopCommand, encode_frame
+from server.pending import Worker
 from server.transport import STOP_GRACE_SECONDS, WorkerTransport
 
 WORKER_COMMAND = (sys.executable, "-m", "server.worker")
@@ -41,6 +42,15 @@ def load_command(config: ServerConfig, index: int) -> LoadCommand:
         worker=index,
         **{name: getattr(config, name) for name in LOADED_SETTINGS},
     )
+
+
+def launch_of(config: ServerConfig, local: Callable[..., Worker]) -> Callable[..., Worker]:
+    """What starts workers where `--worker-backend` says, on this machine `local`."""
+    if config.worker_backend == "local":
+        return local
+    from server.ray_worker import ray_launch  # an optional package, which takes a second to import
+
+    return ray_launch(config)
 
 
 def spawn_worker(

@@ -47,7 +47,8 @@ def test_two_stages_on_one_base_install_as_developers_do(stages: list[list[tuple
     build, final = stages
     assert values(build, "FROM") == ["${BASE} AS build"]
     assert values(final, "FROM") == ["${BASE}"]
-    assert "scripts/install --energy" in values(build, "RUN")
+    assert 'scripts/install "${INSTALL}"' in values(build, "RUN")
+    assert "INSTALL=--energy" in values(build, "ARG")
     everything = " ".join(value for stage in stages for _, value in stage)
     assert not re.search(r"\b(apt|apt-get|gcc|build-essential|make)\b", everything), "nothing is compiled"
 

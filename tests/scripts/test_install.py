@@ -52,4 +52,7 @@ def test_without_root_it_says_what_to_run(tmp_path: Path) -> None:
 
 def test_another_argument_is_refused(tmp_path: Path) -> None:
     result = subprocess.run([INSTALL, "--sistem"], capture_output=True, text=True, check=False, cwd=tmp_path)
-    assert (result.returncode, result.stderr) == (2, "usage: scripts/install [--dev | --energy | --system]\n")
+    assert (result.returncode, result.stderr) == (
+        2,
+        "usage: scripts/install [--dev | --energy | --ray | --system]\n",
+    )

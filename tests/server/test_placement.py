@@ -129,3 +129,11 @@ def test_five_deaths_in_a_minute_are_a_storm() -> None:
     slow = Placement()
     step = STORM_SECONDS / (STORM_DEATHS - 1) + 1
     assert not any(slow.note_death(number * step) for number in range(12))
+
+
+def test_a_machine_whose_workers_die_together_is_no_storm() -> None:
+    placed = Placement()
+    placed.workers = [WorkerState(str(number), Transport()) for number in range(8)]
+    together = [placed.note_death(now) for now in (0.0, 1.0) for _ in range(8)]
+    assert together == [False] * 16
+    assert placed.note_death(2.0)
