@@ -21,6 +21,7 @@ from benchmarks.speed import measure_speed
 from benchmarks.synthetic import synthetic_acceptance
 from benchmarks.table import describe, describe_speed, environment, finite, header, line
 from decoding import DecodingConfig, ModelPair
+from decoding.fused import fuse_layers
 from decoding.linear import apply_float16_linear, float16_linear_available
 from decoding.model import CausalModel
 
@@ -82,6 +83,8 @@ def build_shapes(
                 LlamaConfig(**shape, max_position_embeddings=max_model_len), dtype=dtype
             )
         module.train(False)
+        if device.type == "cpu" and dtype == torch.float32:
+            fuse_layers(module)
         if device.type == "cpu" and float16_linear_available():
             apply_float16_linear(module)
         models[role] = CausalModel(

@@ -46,8 +46,9 @@ class KVCache(Cache):
         self._head_offsets = torch.arange(kv_heads, device=device) * self.capacity
         self._row_stride = kv_heads * self.capacity
         self._row_offsets = torch.arange(rows, device=device) * self._row_stride
+        self._columns_of = [self._by_column[number] for number in range(2 * layers)]
         self._rows = slice(0, 0)
-        self._live = 0
+        self._live: tuple[Tensor, ...] = ()
         self._slots = torch.empty(0, dtype=torch.long, device=device)
 
     @property
@@ -65,7 +66,8 @@ class KVCache(Cache):
 
     def begin_pass(self, rows: slice, columns: Tensor, live: int) -> None:
         """Set where `update` writes: `columns` `[rows, tokens]`, and how many columns it returns."""
-        self._rows, self._live = rows, live
+        self._rows = rows
+        self._live = self.storage[:, :, rows, :, :live].flatten(0, 1).unbind()
         self._slots = self._flat_slots(rows, columns)
 
     def update(
@@ -73,11 +75,10 @@ class KVCache(Cache):
     ) -> tuple[Tensor, Tensor]:
         """Scatter this pass's `[rows, kv_heads, tokens, head_dim]`; return views cut to the live length."""
         head_dim = self.storage.shape[-1]
-        for part, states in enumerate((key_states, value_states)):
-            flat = self._by_column[2 * layer_idx + part]
-            flat.index_copy_(0, self._slots, states.reshape(-1, head_dim))
-        layer = self.storage[layer_idx, :, self._rows, :, : self._live]
-        return layer[0], layer[1]
+        key, value = 2 * layer_idx, 2 * layer_idx + 1
+        self._columns_of[key].index_copy_(0, self._slots, key_states.reshape(-1, head_dim))
+        self._columns_of[value].index_copy_(0, self._slots, value_states.reshape(-1, head_dim))
+        return self._live[key], self._live[value]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return max(self.lengths[self._rows], default=0)

@@ -28,7 +28,7 @@ class Float16Linear(nn.Module):
         return 2 * self.out_features * self.in_features
 
     def forward(self, inputs: Tensor) -> Tensor:
-        output: Tensor = torch.ops.quantized.linear_dynamic_fp16(inputs, self.packed)
+        output: Tensor = torch.ops.quantized.linear_dynamic_fp16.op(inputs, self.packed)
         return output
 
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from decoding.checkpoint import Source, load_module, load_tokenizer, read_output_head, refuse_own_code
 from decoding.embedded import OUTPUT_HEAD_FILE
 from decoding.errors import ModelLoadError
+from decoding.fused import fuse_layers
 from decoding.host import to_host
 from decoding.linear import apply_float16_linear
 from decoding.model import CausalModel, ChatFormat, ModelPair
@@ -61,6 +62,8 @@ def load_model_pair(
         if output_ids is not None:
             special_ids = {*tokenizers[0].all_special_ids, *_eos_token_ids(modules[0], tokenizers[0])}
             _check_output_ids(output_ids, vocab_size, special_ids)
+        if place.type == "cpu" and precision.dtype == torch.float32:
+            fuse_layers(module)
         shares.append(apply_float16_linear(module) if precision.float16_linear else 0.0)
         rows = max(max_num_seqs + 1, PROBE_ROWS)
         models.append(_serve(module, rows, context, vocab_size, place, output_ids))

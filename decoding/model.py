@@ -206,6 +206,7 @@ class CausalModel:
         sources = lengths[:, None] + torch.where(path > 0, path, depths)
         self.cache.commit(rows, sources, lengths[:, None] + depths.expand_as(path))
 
+    @torch.no_grad()
     def _run(self, rows: slice, inputs: _Pass, keep: int) -> Tensor:
         self.cache.begin_pass(rows, inputs.columns, inputs.mask.shape[-1])
         with self.timer.passing():
