@@ -1,4 +1,4 @@
-"""Measures what a step of each shape costs here, and keeps it on disk."""
+"""Measures what passes of a pair cost here, and keeps it on disk."""
 
 import hashlib
 import json
@@ -8,149 +8,135 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Iterable, Mapping
-from collections.abc import Sequence as Series
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from torch import Tensor
 
-from decoding.batch import Batch
-from decoding.config import DecodingConfig, Preset
-from decoding.cost_curve import GAP, PLAIN, CostCurve
-from decoding.draft_gap import GAP_TOKENS, close_gaps
-from decoding.host import to_host
-from decoding.methods import METHODS_BY_NAME
+from decoding.beam import CANDIDATES_PER_BEAM
+from decoding.cost_curve import CATCH_UP, CATCH_UP_TOKENS, DRAFT, GAP, KINDS, TARGET, CostCurve
+from decoding.draft_gap import GAP_TOKENS
 from decoding.model import ModelPair
-from decoding.sequence import SamplingParams, Sequence
+from decoding.token_tree import TokenTree
 
 MEASURED_SECONDS = 15.0
-MOST_ROWS = 32  # larger batches are extrapolated
+MOST_ROWS = 32  # larger batches and wider passes are extrapolated
+MOST_TOKENS = 512  # of all rows
 CONTEXT = 128
-STEP_TOKENS = 32  # that a measured sequence may still deliver
+VERIFIED = (1, 2, 4, 8, 17, 33, 65)  # nodes per row
+WIDTHS = (1, 2, 4, 8, 16)
+Pass = tuple[str, int, int]  # kind, rows, tokens per row
 
 logger = logging.getLogger(__name__)
 
 
 def cost_curve(
-    pair: ModelPair, presets: Series[Preset], max_rows: int, *, cache_dir: Path | None = None
+    pair: ModelPair, max_rows: int, *, depth: int, width: int, cache_dir: Path | None = None
 ) -> CostCurve:
-    """The curve of this pair on this machine: from the cache, or measured, which takes a quarter minute.
+    """What passes of up to `depth * width` nodes cost here: known, or measured in a quarter of a minute.
 
-    `cache_dir` defaults to `~/.cache/mmtad`. Call before the engine is given work: rows are used.
+    `cache_dir` defaults to `~/.cache/mmtad`. Call before an engine has work: rows are used.
     """
+    wanted = list(_passes(min(max_rows, MOST_ROWS), 1 + depth * width, width))
     folder = (cache_dir or Path.home() / ".cache" / "mmtad") / "costs"
-    path = folder / f"{_key(pair, presets, max_rows)}.json"
-    if (known := _read(path)) is not None:
-        return known
-    logger.warning("measuring what steps cost on %s, once", pair.device)
-    curve = measure_costs(pair, presets, max_rows)
-    _write(path, curve)
+    path = folder / f"{_key(pair, wanted)}.json"
+    curve = _read(path)
+    if curve is None:
+        logger.warning("measuring what steps cost on %s, once", pair.device)
+        curve = measure_costs(pair, wanted)
+        _write(path, curve)
     return curve
 
 
+def _passes(max_rows: int, nodes: int, width: int) -> Iterator[Pass]:
+    """Smallest batches first; of every size the plain pass, which all others are compared with, first."""
+    sizes = [4**power for power in range(8) if 4**power < max_rows] + [max_rows]
+    for rows in sizes:
+        yield from ((TARGET, rows, tokens) for tokens in _up_to(VERIFIED, nodes, MOST_TOKENS // rows))
+        yield from ((DRAFT, rows, tokens) for tokens in _up_to(WIDTHS, width, MOST_TOKENS // rows))
+        yield CATCH_UP, rows, CATCH_UP_TOKENS
+        yield GAP, rows, GAP_TOKENS
+
+
+def _up_to(numbers: tuple[int, ...], most: int, bound: int) -> list[int]:
+    return [each for each in [number for number in numbers if number < most] + [most] if each <= bound]
+
+
 @torch.inference_mode()
-def measure_costs(
-    pair: ModelPair, presets: Series[Preset], max_rows: int, *, seconds: float = MEASURED_SECONDS
-) -> CostCurve:
-    """Run whole steps of every preset, in turn, until the time is over: the least of each counts.
+def measure_costs(pair: ModelPair, passes: list[Pass], seconds: float = MEASURED_SECONDS) -> CostCurve:
+    """Run all passes in turn until the time is over: the least time of each counts.
 
-    Every size is measured once at least, smallest first, so that what cannot pay is known early.
+    Every pass of the smallest size is run twice at least, one token per row at every size once.
     """
-    sizes = _sizes(min(max_rows, MOST_ROWS))
-    context = max(1, min(CONTEXT, pair.max_model_len - STEP_TOKENS - 1))
-    best: dict[tuple[str, int], float] = {}
+    smallest = passes[0][1]
+    context = max(1, min(CONTEXT, pair.max_model_len // 2))
+    best: dict[Pass, float] = {}
     deadline = time.monotonic() + seconds
-    _time_step(pair, PLAIN, 1, context)  # the first pass of a process is slow
-    while True:
-        for size in sizes:
-            for preset in (PLAIN, *presets):
-                if not _hopeless(best, preset, sizes, size):
-                    spent = _time_step(pair, preset, size, context)
-                    best[preset.name, size] = min(best.get((preset.name, size), math.inf), spent)
-            if pair.draft is not None:
-                spent = _time_gap(pair, size, context)
-                best[GAP, size] = min(best.get((GAP, size), math.inf), spent)
-            if time.monotonic() > deadline and (sizes[-1], PLAIN.name) in {(s, n) for n, s in best}:
-                return _curve(sizes, best)
+    rounds = 0
+    while rounds < 2 or time.monotonic() < deadline:
+        for each in passes:
+            kind, rows, tokens = each
+            needed = rows == smallest or tokens == 1 or kind in (CATCH_UP, GAP)
+            first = each not in best
+            if time.monotonic() < deadline or (needed and (first or rows == smallest)):
+                best[each] = min(best.get(each, math.inf), _time(pair, each, context))
+        rounds += 1
+    return _curve(best)
 
 
-def _sizes(most: int) -> tuple[int, ...]:
-    """1, 4, 16, ... and the largest."""
-    return (*(4**power for power in range(8) if 4**power < most), most)
+def _curve(best: Mapping[Pass, float]) -> CostCurve:
+    """A pass that holds another one cannot be the faster: where it seems so, the other was held up."""
+    passes: dict[str, dict[int, list[tuple[int, float]]]] = {}
+    for kind, rows, tokens in sorted(best):
+        least = min(
+            spent
+            for (other, more_rows, more_tokens), spent in best.items()
+            if other == kind and more_rows >= rows and more_tokens >= tokens
+        )
+        passes.setdefault(kind, {}).setdefault(rows, []).append((tokens, least))
+    return CostCurve(passes)
 
 
-def _hopeless(best: Mapping[tuple[str, int], float], preset: Preset, sizes: Series[int], size: int) -> bool:
-    """Whether a smaller batch showed that all tokens of a step cannot be worth its time."""
-    for smaller in sizes:
-        cost, plain = best.get((preset.name, smaller)), best.get((PLAIN.name, smaller))
-        if smaller < size and cost is not None and plain is not None and cost > plain * (1 + preset.depth):
-            return True
-    return False
-
-
-def _curve(sizes: tuple[int, ...], best: Mapping[tuple[str, int], float]) -> CostCurve:
-    names = dict.fromkeys(name for name, _ in best)
-    points = {
-        name: [(size, best[name, size]) for size in sizes if best.get((name, size), math.inf) < math.inf]
-        for name in names
-    }
-    return CostCurve(sizes, points)
-
-
-def _sequences(pair: ModelPair, size: int, context: int, preset: Preset) -> list[Sequence]:
-    """Sequences with `context` committed tokens, whatever they are: costs do not depend on values."""
-    for model in pair.models.values():
-        model.cache.lengths[:size] = [context] * size
-    config = DecodingConfig(
-        preset.method,  # type: ignore[arg-type]
-        max(preset.depth, 1),
-        max(preset.width, 1),
-    )
-    room = min(STEP_TOKENS, pair.max_model_len - context - 1)
-    params = SamplingParams(max_tokens=room)
-    prompt = [number % pair.vocab_size for number in range(context + 1)]
-    return [Sequence(str(number), prompt, params, config) for number in range(size)]
-
-
-def _time_step(pair: ModelPair, preset: Preset, size: int, context: int) -> float:
-    rows = slice(0, size)
-    sequences = _sequences(pair, size, context, preset)
-    batch = Batch.of(sequences, rows, pair.eos_token_ids, pair.vocab_size, pair.device)
-    batch.take_shape(preset)
+def _time(pair: ModelPair, each: Pass, context: int) -> float:
+    """Seconds of one pass behind `context` columns, with what is done with its logits; see `Pass`."""
+    kind, rows, _ = each
+    model = pair.models["target" if kind == TARGET else "draft"]
+    model.cache.lengths[:rows] = [context] * rows
     started = time.monotonic()
     try:
-        to_host(METHODS_BY_NAME[preset.method].step(pair, batch).packed())
-    except torch.OutOfMemoryError:
-        return math.inf
+        _run(pair, each, torch.full((rows,), context, device=pair.device))
+        if pair.device.type == "cuda":
+            torch.cuda.synchronize(pair.device)
+        return time.monotonic() - started
     finally:
-        _leave(pair, size)
-    return time.monotonic() - started
-
-
-def _time_gap(pair: ModelPair, size: int, context: int) -> float:
-    assert pair.draft is not None
-    sequences = _sequences(pair, size, context, PLAIN)
-    for sequence in sequences:
-        sequence.draft_lag = min(GAP_TOKENS, context - 1)
-    started = time.monotonic()
-    close_gaps(pair.draft, slice(0, size), sequences)
-    if pair.device.type == "cuda":
-        torch.cuda.synchronize(pair.device)
-    spent = time.monotonic() - started
-    _leave(pair, size)
-    return spent
-
-
-def _leave(pair: ModelPair, size: int) -> None:
-    for model in pair.models.values():
-        for row in range(size):
+        for row in range(rows):
             model.cache.clear_row(row)
 
 
-def _key(pair: ModelPair, presets: Iterable[Preset], max_rows: int) -> str:
-    """All that decides what a step costs: models, device, threads, libraries, and this package's code."""
+def _run(pair: ModelPair, each: Pass, lengths: Tensor) -> None:
+    kind, rows, tokens = each
+    ids = torch.zeros(rows, tokens, dtype=torch.long, device=pair.device)
+    rows_used = slice(0, rows)
+    if kind == TARGET:
+        logits = pair.target.forward(rows_used, lengths, TokenTree.chain_of(ids))
+        logits.log_softmax(-1)
+        logits.logsumexp(-1)
+        return
+    assert pair.draft is not None
+    if kind == CATCH_UP:
+        logits = pair.draft.catch_up(rows_used, lengths, ids)[:, None]
+    else:
+        keep = 1 if kind == GAP else None
+        logits = pair.draft.forward(rows_used, lengths, TokenTree.chain_of(ids), keep=keep)
+    if kind != GAP:
+        logits.log_softmax(-1).topk(min(CANDIDATES_PER_BEAM, pair.vocab_size))
+
+
+def _key(pair: ModelPair, passes: list[Pass]) -> str:
+    """All that decides what a pass costs: models, device, threads, libraries, and this package's code."""
     digest = hashlib.sha256()
     for source in sorted(Path(__file__).parent.rglob("*.py")):
         digest.update(source.read_bytes())
@@ -161,8 +147,7 @@ def _key(pair: ModelPair, presets: Iterable[Preset], max_rows: int) -> str:
         [None if model.output_ids is None else len(model.output_ids) for model in pair.models.values()],
         [_device_name(pair.device), torch.get_num_threads(), len(os.sched_getaffinity(0))],
         [torch.__version__, transformers.__version__],
-        [preset.name for preset in presets],
-        [min(max_rows, MOST_ROWS), min(CONTEXT, pair.max_model_len)],
+        [passes, min(CONTEXT, pair.max_model_len // 2)],
     ]
     digest.update(json.dumps(facts, sort_keys=True, default=str).encode())
     return digest.hexdigest()[:16]
@@ -182,23 +167,32 @@ def _read(path: Path) -> CostCurve | None:
     """What was measured before; None where it is not there or cannot be used."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        points = {
-            str(name): [(int(rows), float(seconds)) for rows, seconds in each]
-            for name, each in content["points"].items()
+        passes = {
+            str(kind): {
+                int(rows): [(int(tokens), float(seconds)) for tokens, seconds in points]
+                for rows, points in sizes.items()
+            }
+            for kind, sizes in content.items()
         }
-        curve = CostCurve(tuple(int(size) for size in content["rows"]), points)
-        sizes = [[size for size, _ in each] for each in points.values()]
-        numbers = [seconds for each in points.values() for _, seconds in each]
-        if not points.get(PLAIN.name) or sizes != [sorted(set(each)) for each in sizes]:
-            raise ValueError("it is not complete")
-        if not all(0 < seconds < math.inf for seconds in numbers):
-            raise ValueError("it holds impossible times")
+        _check(passes)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         logger.warning("%s is not used, costs are measured again: %s", path, error)
         return None
-    return curve
+    return CostCurve(passes)
+
+
+def _check(passes: Mapping[str, Mapping[int, list[tuple[int, float]]]]) -> None:
+    if set(passes) != set(KINDS):
+        raise ValueError("it is not complete")
+    for sizes in passes.values():
+        if not sizes or list(sizes) != sorted(sizes) or not all(sizes.values()):
+            raise ValueError("it is not complete")
+        for points in sizes.values():
+            tokens = [each for each, _ in points]
+            if tokens != sorted(set(tokens)) or not all(0 < seconds < math.inf for _, seconds in points):
+                raise ValueError("it holds impossible points")
 
 
 def _write(path: Path, curve: CostCurve) -> None:
@@ -208,7 +202,7 @@ def _write(path: Path, curve: CostCurve) -> None:
         with tempfile.NamedTemporaryFile(
             "w", dir=path.parent, prefix="unfinished-", encoding="utf-8", delete=False
         ) as file:
-            json.dump({"rows": curve.rows, "points": curve.points}, file)
+            json.dump(curve.passes, file)
         Path(file.name).replace(path)
     except OSError as error:
         logger.warning("costs are not kept: %s", error)

@@ -8,13 +8,14 @@ import math
 from collections.abc import Sequence as Series
 from dataclasses import dataclass, field, replace
 
-from decoding.config import ADAPTIVE_METHODS, Preset
+from decoding.config import Preset
 from decoding.cost_curve import CostCurve, CostDrift
 from decoding.sequence import Sequence
 from decoding.survival import PairSurvival, SequenceSurvival
 
 HYSTERESIS = 1.05
 PROBE_STEPS = 16  # least steps between two probes
+PLAIN_STEPS = 64  # after which a plain step shows what all costs are compared with
 PROBE_SHARE = 0.01  # of the time, in plain steps, that probes may lose
 PROBE_CREDIT = 1.0  # plain steps that they may lose at first
 MOST_CREDIT = 8.0
@@ -51,12 +52,6 @@ def _is_tried(group: Preset, tree: Preset) -> bool:
     if group.method == "mtad":  # the best beam of a single level is the chain
         return tree.depth > 1 and tree.width == group.width
     return tree.depth == 1 or tree.width in (2, group.width)
-
-
-def all_candidates(depth: int, width: int) -> list[Preset]:
-    """What a curve must hold for sequences of every adaptive method with these numbers."""
-    groups = [Preset(method, depth, width, adaptive=True) for method in ADAPTIVE_METHODS]
-    return [shape for group in groups for shape in candidates(group) if shape.depth]
 
 
 @dataclass(slots=True)
@@ -181,14 +176,15 @@ def _probe(group: _Group, outlooks: dict[Preset, _Outlook]) -> Preset | None:
     def appeal(shape: Preset) -> float:
         return outlooks[shape].rate * (1 + STALE * math.log2(group.age(shape)))
 
-    affordable = [
-        shape
-        for shape in group.shapes
-        if group.age(shape) >= PROBE_STEPS and shape != group.current and loss(shape) <= group.credit
-    ]
-    if not affordable:
+    others = [shape for shape in group.shapes if group.age(shape) >= PROBE_STEPS and shape != group.current]
+    affordable = [shape for shape in others if loss(shape) <= group.credit]
+    off = group.shapes[0]
+    if off in others and group.age(off) >= PLAIN_STEPS:
+        chosen = off
+    elif affordable:
+        chosen = max(affordable, key=appeal)
+    else:
         return None
-    chosen = max(affordable, key=appeal)
     group.last_probe = group.steps
     group.credit -= loss(chosen)
     return chosen

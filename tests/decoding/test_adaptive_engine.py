@@ -8,14 +8,13 @@ import torch
 
 from decoding import DecodingConfig, Engine, ModelPair, Sequence
 from decoding.config import Preset
-from decoding.cost_curve import GAP, PLAIN, CostCurve
+from decoding.cost_curve import KINDS, CostCurve
 from decoding.model import CausalModel
-from decoding.policy import Policy, all_candidates, candidates
+from decoding.policy import Policy, candidates
 from tests.decoding.tiny import Text, drain, generate, llama_pair, plain, request
 
 METHODS = ("speculative", "mtad", "mmtad")
-NAMES = [PLAIN.name, GAP, *(shape.name for shape in all_candidates(4, 4))]
-COSTS = CostCurve((1,), {name: [(1, 1.0)] for name in NAMES})
+COSTS = CostCurve({kind: {1: [(1, 1.0)]} for kind in KINDS})
 
 
 @pytest.fixture(scope="module")

@@ -8,14 +8,15 @@ import pytest
 
 from decoding import DecodingConfig, SamplingParams, Sequence
 from decoding.config import Preset
-from decoding.cost_curve import GAP, PLAIN, CostCurve
+from decoding.cost_curve import CATCH_UP, DRAFT, GAP, TARGET, CostCurve
+from decoding.draft_gap import GAP_TOKENS
 from decoding.policy import (
     MOST_CREDIT,
     PROBE_SHARE,
     Policy,
-    all_candidates,
     candidates,
 )
+from decoding.survival import Family
 
 GROUP = DecodingConfig(adaptive=True).preset
 OFF = candidates(GROUP)[0]
@@ -26,17 +27,18 @@ Chance = Callable[[Preset, int], float]  # shape and depth to the chance that it
 def curve(per_node: float = 0.1, per_draft_pass: float = 0.2) -> CostCurve:
     """A pass of the target over n nodes takes 1 + per_node * (n - 1), one of the draft its part of that."""
 
-    def target(nodes: int) -> float:
-        return 1 + per_node * (nodes - 1)
+    def points(rows: int, tokens: tuple[int, ...], unit: float) -> list[tuple[int, float]]:
+        return [(count, unit * (1 + per_node * (rows * count - 1))) for count in tokens]
 
-    def step(shape: Preset, rows: int) -> float:
-        verified = shape.depth + 1 if shape.method == "mtad" else shape.num_nodes
-        return target(rows * verified) + shape.depth * per_draft_pass * target(rows * shape.width)
-
-    sizes = (1, 4, 16)
-    points = {shape.name: [(n, step(shape, n)) for n in sizes] for shape in all_candidates(4, 4)}
-    points |= {PLAIN.name: [(n, target(n)) for n in sizes], GAP: [(n, 0.5 * target(n)) for n in sizes]}
-    return CostCurve(sizes, points)
+    sizes, draft = (1, 4, 16), per_draft_pass
+    return CostCurve(
+        {
+            TARGET: {rows: points(rows, (1, 2, 17), 1) for rows in sizes},
+            DRAFT: {rows: points(rows, (1, 4), draft) for rows in sizes},
+            CATCH_UP: {rows: [(2, draft * (1 + per_node * (rows - 1)))] for rows in sizes},
+            GAP: {rows: [(GAP_TOKENS, 5 * draft * (1 + per_node * (rows - 1)))] for rows in sizes},
+        }
+    )
 
 
 class Run:
@@ -165,15 +167,28 @@ def test_choice_follows_the_load() -> None:
     assert Counter(run.shapes[150:])[OFF] < 75
 
 
-def test_a_small_advantage_changes_nothing() -> None:
-    """Two shapes within 5 % of each other: whatever runs goes on, but for probes."""
-    costs = curve()
-    chain = costs.points["mmtad-1x1"][0][1]
-    for worth, expected in ((1.04, OFF), (1.12, CHAIN)):
-        points = {name: [(1, 99.0)] for name in costs.points}
-        points |= {PLAIN.name: [(1, 1.0)], "mmtad-1x1": [(1, 1.5 / worth)], GAP: [(1, 0.01)]}
-        run = Run(CostCurve((1,), points), lambda shape, depth: 0.5)
-        sequences = run.sequences(1)
-        run.steps(sequences, 2000)
-        assert Counter(run.shapes[200:]).most_common(1)[0][0] == expected
-    assert chain > 1
+def shallow(worth: float) -> CostCurve:
+    """Chains of one token, half of which survive, are `worth` plain steps; deeper ones cost a fortune."""
+    return CostCurve(
+        {
+            TARGET: {1: [(1, 1.0), (2, 1.0), (3, 9.0), (17, 99.0)]},
+            DRAFT: {1: [(1, 9.0)]},
+            CATCH_UP: {1: [(2, 1.5 / worth - 1)]},
+            GAP: {1: [(GAP_TOKENS, 0.01)]},
+        }
+    )
+
+
+@pytest.mark.parametrize(("worth", "expected"), [(0.95, OFF), (1.03, OFF), (1.15, CHAIN)])
+def test_a_small_advantage_changes_nothing(worth: float, expected: Preset) -> None:
+    run = Run(shallow(worth), lambda shape, depth: 0.5)
+    policy_sees_it_right(run)
+    run.steps(run.sequences(1), 600)
+    assert Counter(run.shapes[300:]).most_common(1)[0][0] == expected
+
+
+def policy_sees_it_right(run: Run) -> None:
+    """As after a long time: what is known of the pair weighs more than any stretch of luck."""
+    family = Family.of(CHAIN, DecodingConfig(adaptive=True), greedy=False)
+    for number in range(4000):
+        run.policy._survival.note(family, 1, number % 2)
