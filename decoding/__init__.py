@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from decoding.config import (
     ACCEPTANCE_REFERENCES,
+    ADAPTIVE_METHODS,
     GREEDY_THRESHOLD,
     MAX_BEAM_WIDTH,
     MAX_SPECULATIVE_TOKENS,
@@ -21,13 +22,17 @@ from decoding.errors import ModelLoadError
 from decoding.sequence import GREEDY_TEMPERATURE, FinishReason, SamplingParams, Sequence, SequenceOutput
 
 if TYPE_CHECKING:
+    from decoding.cost_measurement import load_costs
     from decoding.embedded import prepare_embedded_pair
     from decoding.engine import Engine
     from decoding.loading import load_model_pair
     from decoding.model import ModelPair
+    from decoding.policy import Policy
     from decoding.statistics import ForwardTime, Retreat, StepStats
 
 _LAZY = {
+    "load_costs": "decoding.cost_measurement",
+    "Policy": "decoding.policy",
     "Engine": "decoding.engine",
     "ForwardTime": "decoding.statistics",
     "Retreat": "decoding.statistics",
@@ -39,6 +44,7 @@ _LAZY = {
 
 __all__ = [
     "ACCEPTANCE_REFERENCES",
+    "ADAPTIVE_METHODS",
     "GREEDY_TEMPERATURE",
     "GREEDY_THRESHOLD",
     "MAX_BEAM_WIDTH",
@@ -52,12 +58,14 @@ __all__ = [
     "ForwardTime",
     "ModelLoadError",
     "ModelPair",
+    "Policy",
     "Retreat",
     "SamplingParams",
     "Sequence",
     "SequenceOutput",
     "StepStats",
     "default_threshold",
+    "load_costs",
     "load_model_pair",
     "prepare_embedded_pair",
 ]

@@ -23,6 +23,7 @@ from decoding.model import ModelPair
 from decoding.token_tree import TokenTree
 
 MEASURED_SECONDS = 15.0
+MOST_ROUNDS = 6
 MOST_ROWS = 32  # larger batches and wider passes are extrapolated
 MOST_TOKENS = 512  # of all rows
 CONTEXT = 128
@@ -33,7 +34,7 @@ Pass = tuple[str, int, int]  # kind, rows, tokens per row
 logger = logging.getLogger(__name__)
 
 
-def cost_curve(
+def load_costs(
     pair: ModelPair, max_rows: int, *, depth: int, width: int, cache_dir: Path | None = None
 ) -> CostCurve:
     """What passes of up to `depth * width` nodes cost here: known, or measured in a quarter of a minute.
@@ -67,7 +68,7 @@ def _up_to(numbers: tuple[int, ...], most: int, bound: int) -> list[int]:
 
 @torch.inference_mode()
 def measure_costs(pair: ModelPair, passes: list[Pass], seconds: float = MEASURED_SECONDS) -> CostCurve:
-    """Run all passes in turn until the time is over: the least time of each counts.
+    """Run all passes in turn, a few times or until the time is over: the least time of each counts.
 
     Every pass of the smallest size is run twice at least, one token per row at every size once.
     """
@@ -76,7 +77,7 @@ def measure_costs(pair: ModelPair, passes: list[Pass], seconds: float = MEASURED
     best: dict[Pass, float] = {}
     deadline = time.monotonic() + seconds
     rounds = 0
-    while rounds < 2 or time.monotonic() < deadline:
+    while rounds < 2 or (rounds < MOST_ROUNDS and time.monotonic() < deadline):
         for each in passes:
             kind, rows, tokens = each
             needed = rows == smallest or tokens == 1 or kind in (CATCH_UP, GAP)

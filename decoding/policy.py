@@ -93,6 +93,7 @@ class Policy:
         self._survival = PairSurvival()
         self._drift = CostDrift()
         self._groups: dict[Preset, _Group] = {}
+        self._step_costs: dict[tuple[Preset, int], float] = {}
 
     def choose(self, preset: Preset, sequences: Series[Sequence]) -> Preset:
         """The shape of the next step of `sequences`, all of one adaptive `preset`."""
@@ -121,7 +122,13 @@ class Policy:
         for sequence, (num_drafted, num_accepted) in zip(sequences, accepted, strict=True):
             if num_drafted:
                 self._of(sequence).note(shape, num_drafted, num_accepted)
-        self._drift.note(shape, seconds / self._costs.step(shape, len(sequences)))
+        self._drift.note(shape, seconds / self._step_cost(shape, len(sequences)))
+
+    def _step_cost(self, shape: Preset, rows: int) -> float:
+        """By the curve; looked up for every shape in every step, so each is interpolated once."""
+        if (shape, rows) not in self._step_costs:
+            self._step_costs[shape, rows] = self._costs.step(shape, rows)
+        return self._step_costs[shape, rows]
 
     def _group(self, preset: Preset) -> _Group:
         group = self._groups.get(preset)
@@ -139,7 +146,7 @@ class Policy:
 
     def _outlook(self, shape: Preset, sequences: Series[Sequence]) -> _Outlook:
         rows = len(sequences)
-        seconds = self._costs.step(shape, rows) * self._drift.of(shape)
+        seconds = self._step_cost(shape, rows) * self._drift.of(shape)
         if not shape.depth:
             return _Outlook(rows, seconds, 0.0, 1.0)
         tokens = sum(self._of(each).expected_tokens(shape, each.remaining) for each in sequences)

@@ -142,7 +142,9 @@ class Admission:
         speculation = Speculation(self._config, has_draft=self._model.has_draft)
         off = request.speculative is False
         greedy = _temperature(request) < GREEDY_TEMPERATURE
-        return served_model, speculation.resolve(request.options, served_model, off=off, greedy=greedy)
+        seeded = request.seed is not None or self._config.seed is not None
+        decoding = speculation.resolve(request.options, served_model, off=off, greedy=greedy, seeded=seeded)
+        return served_model, decoding
 
     def _commands(
         self,

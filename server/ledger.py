@@ -1,6 +1,7 @@
 """What a worker remembers of each running command, so that its statistics are right at any end."""
 
 import itertools
+from collections import Counter
 from dataclasses import dataclass, field
 
 from decoding import FinishReason, Sequence, SequenceOutput
@@ -39,6 +40,7 @@ class Choice:
                     num_draft_tokens=output.num_draft_tokens,
                     num_accepted_tokens=output.num_accepted_tokens,
                     num_draft_nodes=output.num_draft_nodes,
+                    preset=output.preset or "",
                 )
             )
 
@@ -130,6 +132,7 @@ class Ticket:
             log_prob_sum=sum(sum(choice.log_probs) for choice in self.choices),
             queue_seconds=started - self.received,
             speculation=self._speculation(),
+            presets=Counter(step.preset for choice in self.choices for step in choice.speculation),
             energy=energy,
             cached_tokens=min((c.num_reused for c in self.choices if c.num_reused is not None), default=0),
         )

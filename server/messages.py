@@ -31,7 +31,10 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True, forbid_unknow
 
 
 class LoadCommand(Message, frozen=True, kw_only=True):
-    """The pair to load; `target` None means the embedded pair. `worker` counts from 0."""
+    """The pair to load; `target` None means the embedded pair. `worker` counts from 0.
+
+    `speculation` holds the largest depth and width of sequences whose shape may change from step to step.
+    """
 
     target: str | None
     draft: str | None
@@ -43,6 +46,7 @@ class LoadCommand(Message, frozen=True, kw_only=True):
     worker: int = 0
     num_workers: int = 1
     energy_source: str = "none"
+    speculation: DecodingConfig | None = None
 
 
 class GenerateCommand(Message, frozen=True, kw_only=True):
@@ -144,11 +148,12 @@ class StepEvent(Message, frozen=True, kw_only=True):
 
 
 class SpeculationStep(msgspec.Struct, frozen=True, array_like=True):
-    """One draft-and-verify step of one sequence."""
+    """One draft-and-verify step of one sequence, and the name of its shape."""
 
     num_draft_tokens: int
     num_accepted_tokens: int
     num_draft_nodes: int
+    preset: str = ""
 
 
 class EnergyUsage(msgspec.Struct, frozen=True, kw_only=True):
@@ -166,6 +171,7 @@ class EnergyUsage(msgspec.Struct, frozen=True, kw_only=True):
 
 class GenerationStats(msgspec.Struct, frozen=True, kw_only=True):
     """Counts of one command over its choices; `log_prob_sum` in nats, `queue_seconds` of the first.
+    `presets` counts steps by their shape.
 
     `cached_tokens` are those of the prompt that no choice had to run. `energy` is None where it was not
     measured.
@@ -177,6 +183,7 @@ class GenerationStats(msgspec.Struct, frozen=True, kw_only=True):
     log_prob_sum: float
     queue_seconds: float
     speculation: list[SpeculationStep]
+    presets: dict[str, int] = {}
     energy: EnergyUsage | None = None
     cached_tokens: int = 0
 

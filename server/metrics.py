@@ -35,7 +35,7 @@ NODE_BUCKETS = (1, 2, 4, 8, 16, 32, 64)
 # A small model's token on a CPU up to a long answer of a large one on several GPUs, in joules.
 ENERGY_BUCKETS = tuple(factor * 10.0**power for power in range(-3, 5) for factor in (1, 3))
 LENGTH_BUCKETS = tuple(range(17))
-MAX_PRESETS = 32  # with names of their own; clients choose depth and width
+MAX_PRESETS = 64  # with names of their own; clients choose depth and width
 OTHER = "other"
 LOWEST_LOG_PROB = -9999.0  # what -inf is written as, so that no sum is lost to it
 LOG_PROB_BUCKETS = (-10.0, -5.0, -3.0, -2.0, -1.5, -1.0, -0.75, -0.5, -0.25, -0.1, 0.0)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -89,9 +90,15 @@ class Report:
             "speculative_decoding": self._speculation(),
             "target_logprob_mean": self._log_prob_mean(),
             "energy": self._energy(),
-            "speculative": applied(self.job.decoding),
+            "speculative": applied(self.job.decoding) | self._presets(),
             "seed": self.job.seed,
         }
+
+    def _presets(self) -> dict[str, Any]:
+        """Of a request whose shape might change: how many steps took each."""
+        if not self.job.decoding.adaptive:
+            return {}
+        return {"presets": dict(sum((Counter(stats.presets) for stats in self.stats), Counter()))}
 
     def _energy(self) -> dict[str, Any] | None:
         """Joules of the whole request; null, never 0, where any of it was not measured."""
@@ -167,6 +174,7 @@ def _per_step(steps: list[SpeculationStep]) -> dict[str, Any]:
         "accepted_tokens_per_step": [step.num_accepted_tokens for step in steps],
         "draft_tokens_per_step": [step.num_draft_tokens for step in steps],
         "num_draft_nodes": [step.num_draft_nodes for step in steps],
+        "preset_per_step": [step.preset for step in steps],
     }
 
 

@@ -57,6 +57,7 @@ class SpeculativeDecoding(Answer):
     accepted_tokens_per_step: list[int] = []
     draft_tokens_per_step: list[int] = []
     num_draft_nodes: list[int] = []
+    preset_per_step: list[str] = []
 
 
 class RequestMetrics(Answer):

@@ -1,14 +1,16 @@
 """Which method and which of its numbers a request gets: its own keys over the server's."""
 
+from dataclasses import replace
 from typing import Any
 
-from decoding import DecodingConfig, default_threshold
+from decoding import ADAPTIVE_METHODS, DecodingConfig, default_threshold
 from server.config import ServerConfig
 from server.errors import InvalidRequestError
 from server.schemas import SpeculativeOptions
 from server.validation import unsupported
 
 TREE_KEYS = ("num_speculative_tokens", "beam_width", "acceptance_threshold", "acceptance_reference")
+NUMBERS = {"num_speculative_tokens", "beam_width", "acceptance_threshold"}
 APPLIED_KEYS: dict[str, tuple[str, ...]] = {
     "target": (),
     "draft": (),
@@ -22,9 +24,8 @@ APPLIED_KEYS: dict[str, tuple[str, ...]] = {
 
 def applied(decoding: DecodingConfig) -> dict[str, Any]:
     """`metrics.speculative`: the method and the keys that it uses."""
-    return {"method": decoding.method} | {
-        key: getattr(decoding, key) for key in APPLIED_KEYS[decoding.method]
-    }
+    keys = APPLIED_KEYS[decoding.method] + (("adaptive",) if decoding.method in ADAPTIVE_METHODS else ())
+    return {"method": decoding.method} | {key: getattr(decoding, key) for key in keys}
 
 
 def drafts(decoding: DecodingConfig) -> bool:
@@ -40,15 +41,21 @@ class Speculation:
         self._has_draft = has_draft
 
     def resolve(
-        self, options: SpeculativeOptions, served_model: str, *, off: bool, greedy: bool
+        self, options: SpeculativeOptions, served_model: str, *, off: bool, greedy: bool, seeded: bool
     ) -> DecodingConfig:
-        """`off` is `speculative: false`, `greedy` temperature 0; raises InvalidRequestError."""
+        """`off` is `speculative: false`, `greedy` temperature 0; raises InvalidRequestError.
+
+        Where the shape of a step may follow the load, so may the text: a request with a seed, or with
+        numbers of its own, is decoded with fixed ones throughout.
+        """
         method = options.method or self._config.decoding.method
         if served_model != self._config.target_id:
             if options.method not in (None, "draft"):
                 raise _only_draft("speculative" if off else "speculative.method")
             method = "draft"
         decoding = self._merge(options, method, greedy=greedy)
+        if seeded or any(getattr(options, key) is not None for key in NUMBERS & {*APPLIED_KEYS[method]}):
+            decoding = replace(decoding, adaptive=False)
         if decoding.uses_draft and not self._has_draft:
             raise unsupported("speculative.method", "no draft model is loaded: use 'target' or 'mtjd'")
         return decoding
@@ -77,6 +84,7 @@ class Speculation:
                 acceptance_reference=options.acceptance_reference or own.acceptance_reference,
                 acceptance=options.acceptance or own.acceptance,
                 candidates_per_level=self._candidates(options) or own.candidates_per_level,
+                adaptive=own.adaptive and method in ADAPTIVE_METHODS,
             )
         except ValueError as error:
             raise _invalid(str(error)) from None

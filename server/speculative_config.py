@@ -26,4 +26,8 @@ class SpeculativeConfig(BaseModel):
     )
     acceptance_reference: AcceptanceReference = DecodingConfig().acceptance_reference
     acceptance: Acceptance = DecodingConfig().acceptance
+    adaptive: bool = Field(
+        default=True,
+        description="Choose depth and width anew in every step, up to the numbers here, by what pays.",
+    )
     candidates_per_level: tuple[int, ...] = DecodingConfig().candidates_per_level

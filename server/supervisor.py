@@ -40,6 +40,7 @@ def load_command(config: ServerConfig, index: int) -> LoadCommand:
         target=config.model,
         draft=config.speculative_config.model,
         worker=index,
+        speculation=config.decoding if config.decoding.adaptive else None,
         **{name: getattr(config, name) for name in LOADED_SETTINGS},
     )
 

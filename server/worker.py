@@ -36,7 +36,7 @@ from server.messages import (
 )
 
 if TYPE_CHECKING:
-    from decoding import ModelPair
+    from decoding import ModelPair, Policy
 
 EXIT_BAD_MODEL = 2
 EXIT_BROKEN = 1
@@ -105,12 +105,26 @@ def load_engine(command: LoadCommand, outbox: Outbox) -> Loaded:
     outbox.flush(wait=True)
     pair = load_pair(command)
     engine: EngineLike = decoding.Engine(
-        pair, max_num_seqs=command.max_num_seqs, prefix_caching=command.enable_prefix_caching
+        pair,
+        max_num_seqs=command.max_num_seqs,
+        prefix_caching=command.enable_prefix_caching,
+        policy=make_policy(command, pair, outbox),
     )
     source = open_energy(command, str(pair.device))
     outbox.put(describe(pair, time.monotonic() - started, source))
     outbox.flush(wait=True)
     return Loaded(engine, source)
+
+
+def make_policy(command: LoadCommand, pair: "ModelPair", outbox: Outbox) -> "Policy | None":
+    """What chooses the shapes of steps, once it is known what they cost here."""
+    largest = command.speculation
+    if largest is None or not pair.has_draft:
+        return None
+    outbox.put(LoadingEvent(stage="costs"))
+    outbox.flush(wait=True)
+    depth, width = largest.num_speculative_tokens, largest.beam_width
+    return decoding.Policy(decoding.load_costs(pair, command.max_num_seqs, depth=depth, width=width))
 
 
 def open_energy(command: LoadCommand, device: str) -> EnergySource | None:

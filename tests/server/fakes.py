@@ -8,7 +8,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
@@ -155,7 +155,7 @@ class ScriptedEngine:
         ids = tuple(each.id for each in rows)
         self.last_step = StepStats(
             method,
-            rows[0].config.preset.name,
+            replace(rows[0].config.preset, adaptive=False).name,
             len(rows),
             num_tree_nodes=4,
             decode_ids=ids,
@@ -195,6 +195,7 @@ class ScriptedEngine:
             top_log_probs=[scripted_top(token, num_top) for token in new] if num_top else None,
             prompt_log_probs=scripted_scores(sequence) if first else None,
             num_reused=self.num_reused,
+            preset=replace(sequence.config.preset, adaptive=False).name,
         )
 
 

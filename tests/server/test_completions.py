@@ -13,7 +13,7 @@ METHODS = ("target", "draft", "speculative", "multi_candidate", "mtjd", "mtad", 
 APPLIED: dict[str, dict[str, Any]] = {
     "target": {},
     "draft": {},
-    "speculative": {"num_speculative_tokens": 4, "acceptance": "token"},
+    "speculative": {"num_speculative_tokens": 4, "acceptance": "token", "adaptive": True},
     "multi_candidate": {"candidates_per_level": [4, 2, 2]},
     "mtjd": {"num_speculative_tokens": 4, "beam_width": 4},
 }
@@ -71,6 +71,7 @@ async def test_response_has_every_field(served: Served) -> None:
         "beam_width": 4,
         "acceptance_threshold": 0.7,
         "acceptance_reference": "target",
+        "adaptive": False,
     }
     assert metrics["time_to_first_token_ms"] > 0
 
@@ -104,6 +105,7 @@ async def test_method_is_applied(served: Served, method: str) -> None:
     body = (await served.complete(speculative={"method": method})).json()
     shown = body["metrics"]["speculative"]
     assert shown["method"] == method
+    shown.pop("presets", None)
     assert shown == {"method": method, **APPLIED.get(method, shown)}
     assert served.engine.added[0].config.method == method
     drafted = served.metric("mmtad_draft_tokens_total", model="tiny", method=method)
@@ -135,7 +137,7 @@ async def test_speculative_false_is_target(served: Served) -> None:
 async def test_unused_speculative_keys_change_nothing(served: Served) -> None:
     options = {"method": "speculative", "num_speculative_tokens": 16, "acceptance_threshold": 0.1}
     body = (await served.complete(speculative=options)).json()
-    shown = {"method": "speculative", "num_speculative_tokens": 16, "acceptance": "token"}
+    shown = {"method": "speculative", "num_speculative_tokens": 16, "acceptance": "token", "adaptive": False}
     assert body["metrics"]["speculative"] == shown
 
 

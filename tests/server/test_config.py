@@ -36,7 +36,7 @@ def test_defaults_are_the_embedded_pair() -> None:
     )
     assert config.target_id == "SmolLM2-135M-Instruct"
     assert config.draft_id == "SmolLM2-135M-Instruct-draft"
-    assert config.decoding == DecodingConfig(method="mmtad")
+    assert config.decoding == DecodingConfig(method="mmtad", adaptive=True)
     assert config.shutdown_timeout == 30
 
 
@@ -72,7 +72,7 @@ def test_a_target_alone_serves_target() -> None:
 def test_speculative_config(arguments: list[str]) -> None:
     config = load_config(["--model", "t", *arguments])
     assert config.draft_id == "d"
-    assert config.decoding == DecodingConfig(method="mtad", num_speculative_tokens=2, beam_width=3)
+    assert config.decoding == DecodingConfig("mtad", num_speculative_tokens=2, beam_width=3, adaptive=True)
 
 
 def test_names() -> None:

@@ -1,0 +1,112 @@
+"""Costs are measured once: kept on disk, measured again when anything that decides them is another."""
+
+import json
+import logging
+import math
+from pathlib import Path
+
+import pytest
+
+from decoding import Engine, ModelPair
+from decoding import cost_measurement as module
+from decoding.config import Preset
+from decoding.cost_curve import CATCH_UP, DRAFT, GAP, TARGET, CostCurve
+from decoding.cost_measurement import load_costs
+from decoding.policy import Policy
+from tests.decoding.tiny import drain, llama_pair, request
+
+SHAPES = [Preset("mmtad"), Preset("mmtad", 1, 1), Preset("mmtad", 2, 3), Preset("mtad", 2, 3)]
+
+
+@pytest.fixture(scope="module")
+def pair() -> ModelPair:
+    return llama_pair()
+
+
+def measure(pair: ModelPair, folder: Path, max_rows: int = 6) -> CostCurve:
+    return load_costs(pair, max_rows, depth=2, width=3, cache_dir=folder)
+
+
+def test_curve_is_measured_once_and_leaves_no_trace(
+    pair: ModelPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    curve = measure(pair, tmp_path)
+    assert {kind: list(sizes) for kind, sizes in curve.passes.items()} == {
+        kind: [1, 4, 6] for kind in (TARGET, DRAFT, CATCH_UP, GAP)
+    }
+    assert [tokens for tokens, _ in curve.passes[TARGET][1]] == [1, 2, 4, 7]
+    for rows in (1, 3, 6, 40):
+        assert all(0 < curve.step(shape, rows) < math.inf for shape in SHAPES)
+    for model in pair.models.values():
+        assert not model.cache.storage.any()
+        assert not any(model.cache.lengths)
+    monkeypatch.setattr(module, "measure_costs", None)
+    assert measure(pair, tmp_path) == curve
+
+
+def test_a_pass_within_another_is_never_the_dearer(pair: ModelPair, tmp_path: Path) -> None:
+    for sizes in measure(pair, tmp_path).passes.values():
+        for rows, points in sizes.items():
+            seconds = [each for _, each in points]
+            assert seconds == sorted(seconds)
+            assert all(
+                points[place][1] <= others[place][1]
+                for more, others in sizes.items()
+                if more >= rows
+                for place in range(len(points))
+            )
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "{",
+        "[1]",
+        '{"target": {}}',
+        '{"target": 3}',
+        "\x00\xff",
+        json.dumps({kind: {"1": [[1, -1.0]]} for kind in (TARGET, DRAFT, CATCH_UP, GAP)}),
+        json.dumps({kind: {"1": [[2, 1.0], [1, 1.0]]} for kind in (TARGET, DRAFT, CATCH_UP, GAP)}),
+        json.dumps({kind: {"1": [[1, math.nan]]} for kind in (TARGET, DRAFT, CATCH_UP, GAP)}),
+        json.dumps({kind: {"1": []} for kind in (TARGET, DRAFT, CATCH_UP, GAP)}),
+    ],
+)
+def test_damaged_file_is_measured_again(
+    content: str, pair: ModelPair, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    measure(pair, tmp_path, 1)
+    (file,) = (tmp_path / "costs").iterdir()
+    file.write_text(content, encoding="utf-8")
+    with caplog.at_level(logging.WARNING):
+        curve = measure(pair, tmp_path, 1)
+    assert "measured again" in caplog.text
+    assert curve.step(SHAPES[1], 1) > 0
+    assert json.loads(file.read_text(encoding="utf-8"))[TARGET]["1"][0][1] == curve.passes[TARGET][1][0][1]
+
+
+def test_what_decides_costs_decides_the_file(pair: ModelPair, tmp_path: Path) -> None:
+    measure(pair, tmp_path)
+    measure(pair, tmp_path, 5)
+    load_costs(pair, 6, depth=1, width=3, cache_dir=tmp_path)
+    other = llama_pair()
+    other.description = "another"
+    measure(other, tmp_path)
+    assert len(list((tmp_path / "costs").iterdir())) == 4
+
+
+def test_folder_that_cannot_be_written_costs_only_time(
+    pair: ModelPair, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "costs").write_text("a file where the folder should be")
+    with caplog.at_level(logging.WARNING):
+        assert measure(pair, tmp_path, 1).step(SHAPES[0], 1) > 0
+    assert "not kept" in caplog.text
+
+
+def test_measured_costs_serve_an_engine(pair: ModelPair, tmp_path: Path) -> None:
+    engine = Engine(pair, 6, policy=Policy(measure(pair, tmp_path)))
+    for number in range(8):
+        engine.add(request(str(number), [3, 1, number], adaptive=True, max_tokens=30, ignore_eos=True))
+    texts = drain(engine, check=True)
+    assert all(len(text.token_ids) == 30 for text in texts.values())
