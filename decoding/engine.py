@@ -1,14 +1,12 @@
 """The batched engine: sequences join and leave between steps; a step decodes one group of rows."""
 
 import time
-from collections import deque
 from collections.abc import Sequence as Series
 
 import torch
 
 from decoding.batch import Batch
 from decoding.batch_limit import BatchLimit
-from decoding.config import Preset
 from decoding.delivery import deliver
 from decoding.device_errors import is_device_lost, is_out_of_memory, release_memory
 from decoding.draft_health import DraftHealth, without_draft
@@ -16,15 +14,16 @@ from decoding.group_step import GroupStepper
 from decoding.model import ModelPair
 from decoding.policy import Policy
 from decoding.prefix_cache import PrefixCache
+from decoding.prompt_queue import PromptQueue
 from decoding.rows import RowTable
 from decoding.sequence import FinishReason, Sequence, SequenceOutput, TokenLogProb, empty_output
 from decoding.sequence_checks import check_sequence
-from decoding.staging import Staging
+from decoding.staging import SideStaging, Staging
 from decoding.statistics import Admissions, Retreat, StepStats
 from decoding.timing import StepTimer
+from decoding.turns import Group, GroupTurns
 
 PREFILL_CHUNK = 256
-Group = tuple[Preset, int]  # rows that share a pass: of one preset, and which part of them
 
 
 class Engine:
@@ -50,17 +49,16 @@ class Engine:
         caches = [model.cache for model in self._models]
         self._prefixes = PrefixCache(caches, max_num_seqs, enabled=prefix_caching)
         self._rows = RowTable(caches, max_num_seqs, self._prefixes)
-        self._waiting: deque[Sequence] = deque()
         self._outputs: list[SequenceOutput] = []  # of the next step; one that raises leaves them
-        self._staging = Staging(self._models, max_num_seqs, self._prefixes)
         self._timer = StepTimer({role: model.timer for role, model in pair.models.items()})
+        staging = Staging(self._models, max_num_seqs, self._prefixes)
+        side = SideStaging(self._models, max_num_seqs - 1, self._prefixes)
+        self._queue = PromptQueue(staging, side, self._rows, self._stepper, self._timer, prefill_chunk)
         self._prompt_log_probs: dict[str, list[TokenLogProb]] = {}
         self._batches: dict[Group, Batch] = {}
-        self._last_turn: dict[Group, int] = {}
-        self._num_steps = 0
         self._num_added = 0
         self._row_limit = BatchLimit(max_num_seqs)
-        self._chunk_limit = BatchLimit(prefill_chunk)
+        self._turns = GroupTurns(self._row_limit)
         self._draft_health = DraftHealth()
         self._trying: list[Sequence] = []  # what a step works at, so that one that raised can be undone
 
@@ -75,14 +73,14 @@ class Engine:
 
     @property
     def num_waiting(self) -> int:
-        return len(self._waiting)
+        return len(self._queue)
 
     @property
     def num_free_rows(self) -> int:
         return self._rows.num_free
 
     def has_work(self) -> bool:
-        return bool(self._rows.sequences or self._waiting or self._outputs)
+        return bool(self._rows.sequences or self._outputs) or len(self._queue) > 0
 
     def cache_usage(self) -> dict[str, float]:
         """Committed share of each model's cache, 0 to 1, by role."""
@@ -107,7 +105,7 @@ class Engine:
         if not self.draft_enabled:
             without_draft(sequence)
         if sequence.remaining > 0 or sequence.params.prompt_log_probs:
-            self._waiting.append(sequence)
+            self._queue.add(sequence)
         else:
             self._outputs.append(empty_output(sequence, None))
 
@@ -118,15 +116,12 @@ class Engine:
             self._prompt_log_probs.pop(sequence_id, None)
             if not self._prefixes.is_proven(row):
                 self._rows.clear(row)
-                self._staging.begin_anew()
+                self._queue.forget_staged()
             self._remove([row])
             return True
-        if any(each.id == sequence_id and each.num_reused is not None for each in self._waiting):
-            self._staging.begin_anew()
-        num_known = len(self._waiting) + len(self._outputs)
-        self._waiting = deque(each for each in self._waiting if each.id != sequence_id)
+        num_outputs = len(self._outputs)
         self._outputs = [each for each in self._outputs if each.id != sequence_id]
-        return len(self._waiting) + len(self._outputs) < num_known
+        return self._queue.remove(sequence_id) or len(self._outputs) < num_outputs
 
     def retreat(self, error: Exception) -> Retreat | None:
         """After a step that raised `error`: undo it, so that what can go on does.
@@ -135,9 +130,9 @@ class Engine:
         then does not fit alone is lost. Where the draft may be the cause, its sequences go on with
         `target`. None where it was neither, so that the state of every sequence is in doubt.
         """
-        failed, self._trying = self._trying, []
+        failed, self._trying = self._trying or self._queue.trying, []
         self._prefixes.forget_all()
-        self._staging.begin_anew()
+        self._queue.begin_anew()
         if is_out_of_memory(error) and failed:
             release_memory(error, self.pair.device)
             return Retreat("out_of_memory", self._relieve(failed))
@@ -147,14 +142,14 @@ class Engine:
         for sequence in reversed(failed):
             self.cancel(sequence.id)
             if without_draft(sequence):
-                self._waiting.appendleft(sequence)
+                self._queue.add_first(sequence)
         return Retreat("draft_failed", [sequence.id for sequence in failed if sequence.config.uses_draft])
 
     def _relieve(self, failed: Series[Sequence]) -> list[str]:
         """Less at once from now on; the sequence that is lost, if even alone it did not fit."""
         youngest = max(failed, key=lambda sequence: sequence.arrival)
         running = self._rows.find(youngest.id) is not None
-        limit = self._row_limit if running else self._chunk_limit
+        limit = self._row_limit if running else self._queue.chunk_limit
         size = len(failed) if running else limit.size
         limit.halve(size, time.monotonic())
         self._batches.clear()
@@ -165,7 +160,7 @@ class Engine:
             limit.lift()
             return [youngest.id]
         youngest.ran_out_of_memory = True
-        self._waiting.appendleft(youngest)
+        self._queue.add_first(youngest)
         return []
 
     is_device_lost = staticmethod(is_device_lost)
@@ -178,10 +173,14 @@ class Engine:
         self._trying = []
         admissions = self._admit()
         prefilled = time.monotonic()
-        group = self._next_group()
+        if self._row_limit.ease(time.monotonic()):
+            self._batches.clear()
+        group = self._turns.next(self._rows.groups())
         decoded = self._decode(*group) if group else []
         outputs, self._outputs = [*self._outputs, *decoded], []
         preset = group[0][0] if group else None
+        ended = time.monotonic()
+        self._queue.note_step(admissions.long_seconds, ended - started - admissions.long_seconds)
         forward_times = self._timer.end()
         self.last_step = StepStats(
             method=preset.method if preset else None,
@@ -190,12 +189,12 @@ class Engine:
             num_tree_nodes=max((output.num_draft_nodes for output in outputs), default=0),
             prefill_tokens=admissions.prefill_tokens,
             prefill_seconds=prefilled - started,
-            decode_seconds=time.monotonic() - prefilled,
-            prefill_id=admissions.prefill_id,
+            decode_seconds=ended - prefilled,
+            prefills=tuple(admissions.prefills),
             decode_ids=tuple(output.id for output in decoded),
             prompt_tokens=admissions.prompt_tokens,
             cached_prompt_tokens=admissions.cached_tokens,
-            admitted_ids=tuple(admissions.admitted_ids),
+            admitted_ids=tuple(sequence.id for sequence, _ in admissions.admitted),
             forward_times=forward_times,
         )
         return outputs
@@ -209,56 +208,22 @@ class Engine:
             batch.check_integrity(self._rows.sequences[batch.rows])
 
     def _ids(self) -> list[str]:
-        known = [sequence.id for sequence in (*self._rows.sequences, *self._waiting)]
+        known = [sequence.id for sequence in (*self._rows.sequences, *self._queue)]
         return known + [output.id for output in self._outputs]
 
     def _admit(self) -> Admissions:
-        """Give free rows to the sequences whose prompt is prefilled."""
-        done = Admissions()
-        self._chunk_limit.ease(time.monotonic())
-        while self._waiting and self._rows.num_free:
-            sequence = self._waiting[0]
-            self._trying = [sequence]
-            self._stepper.prepare(sequence)
-            if not self._staging.ready(sequence):
-                if done.prefill_tokens:
-                    break
-                done.prefill_id = sequence.id
-                done.prefill_tokens = self._staging.advance(sequence, self._chunk_limit.size)
-                self._timer.charge("prefill", sequence.config.method, (sequence.id,))
-                if not self._staging.ready(sequence):
-                    break
-            self._waiting.popleft()
-            done.note(sequence)
-            prompt_log_probs = self._staging.prompt_log_probs(sequence)
-            if sequence.remaining > 0:
-                self._rows.insert(sequence)
-                self._batches.clear()
-                if prompt_log_probs is not None:
-                    self._prompt_log_probs[sequence.id] = prompt_log_probs
-            else:
+        """Give rows to sequences whose prompt is prefilled, and outputs to those that want no more."""
+        done = self._queue.admit()
+        for sequence, prompt_log_probs in done.admitted:
+            if sequence.remaining <= 0:
                 self._outputs.append(empty_output(sequence, prompt_log_probs))
                 if self._outputs[-1].finish_reason is FinishReason.ERROR:
-                    self._staging.begin_anew()
-        return done
-
-    def _next_group(self) -> tuple[Group, slice] | None:
-        """The group that has waited longest for a pass."""
-        if self._row_limit.ease(time.monotonic()):
+                    self._queue.forget_staged()
+            elif prompt_log_probs is not None:
+                self._prompt_log_probs[sequence.id] = prompt_log_probs
+        if done.admitted:
             self._batches.clear()
-        groups = {
-            (preset, part): piece
-            for preset, rows in self._rows.groups()
-            for part, piece in enumerate(self._row_limit.split(rows))
-        }
-        if not groups:
-            return None
-        # Presets are many: those that no row has any more are forgotten.
-        self._last_turn = {group: self._last_turn.get(group, -1) for group in groups}
-        group = min(self._last_turn, key=self._last_turn.__getitem__)
-        self._num_steps += 1
-        self._last_turn[group] = self._num_steps
-        return group, groups[group]
+        return done
 
     def _decode(self, group: Group, rows: slice) -> list[SequenceOutput]:
         sequences = self._trying = self._rows.sequences[rows]
@@ -284,7 +249,7 @@ class Engine:
         failed = [row for row in ended if outputs[row - rows.start].finish_reason is FinishReason.ERROR]
         for row in failed:
             self._rows.clear(row)
-            self._staging.begin_anew()
+            self._queue.forget_staged()
         self._remove(ended)
         return outputs
 

@@ -55,10 +55,16 @@ class PrefixCache:
         # Its columns are counted by the caches while it is prefilled.
         self._held[self._staging].lengths = [len(prompt)] * len(self._caches)
 
-    def inserted(self, row: int) -> None:
-        """A row was filled from the staging row; it gives columns to others once it is proven."""
+    def stage_aside(self, row: int, token_ids: Series[int], salt: str) -> None:
+        """Empty a row without a sequence, in which a prompt is prefilled beside that of the staging row."""
+        for cache in self._caches:
+            cache.clear_row(row)
+        self._note(row, torch.tensor(token_ids, dtype=torch.int32), salt)
+
+    def inserted(self, row: int, source: int) -> None:
+        """A row was filled from `source`, where it was staged; once proven it gives columns to others."""
         length = max(cache.lengths[row] for cache in self._caches)
-        self._note(row, self._tokens[self._staging, :length], self._held[self._staging].salt)
+        self._note(row, self._tokens[source, :length], self._held[source].salt)
 
     def prove(self, row: int) -> None:
         """A pass over all columns of a row has ended; rows without numbers are cleared behind it."""

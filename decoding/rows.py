@@ -45,21 +45,21 @@ class RowTable:
                 yield preset, slice(start, row)
                 start = row
 
-    def insert(self, sequence: Sequence) -> None:
-        """Put a sequence at the end of its group; its cached columns are copied from the staging row."""
-        assert self.num_free > 0
+    def insert(self, sequence: Sequence, source: int) -> None:
+        """Put a sequence at the end of its group; its cached columns are copied from row `source`."""
+        assert len(self.sequences) < min(source, self.staging)
         later = self._groups_behind(sequence.config.preset)
         hole = len(self.sequences)
-        self._prefixes.rescue(hole, range(hole + 1, self.staging))
+        self._prefixes.rescue(hole, range(hole + 1, min(source, self.staging)))
         self.sequences.append(sequence)
         for rows in reversed(later):
             self._move(rows.start, hole)
             hole = rows.start
         self.sequences[hole] = sequence
         for cache in self._caches:
-            cache.move_row(self.staging, hole)
+            cache.move_row(source, hole)
         self._keep_needed(hole)
-        self._prefixes.inserted(hole)
+        self._prefixes.inserted(hole, source)
 
     def remove(self, row: int) -> Sequence:
         """Take a sequence out and close the gap."""

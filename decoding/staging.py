@@ -20,7 +20,7 @@ class Staging:
 
     def __init__(self, models: Series[CausalModel], row: int, prefixes: PrefixCache) -> None:
         self._models = list(models)
-        self._row = row
+        self.row = row
         self._prefixes = prefixes
         self._token_ids: list[int] = []
         self._salt = ""
@@ -35,7 +35,7 @@ class Staging:
         if not (known and self._scores_fit(sequence)):
             self._begin_with(sequence, cached)
         if sequence.num_reused is None:
-            staged = self._models[_serving_role(sequence)].cache.lengths[self._row]
+            staged = self._models[_serving_role(sequence)].cache.lengths[self.row]
             sequence.num_reused = min(staged, len(sequence.prompt_ids))
         return not self._pending(sequence)
 
@@ -45,23 +45,23 @@ class Staging:
         A model that is ahead runs the rest of the chunk, or waits.
         """
         models, self._chunk = self._pending(sequence), most
-        first = min(model.cache.lengths[self._row] for model in models)
+        first = min(model.cache.lengths[self.row] for model in models)
         end = min(first + most, len(self._token_ids))
         for model in models:
-            start = model.cache.lengths[self._row]
+            start = model.cache.lengths[self.row]
             chunk, scored = self._token_ids[start:end], self._scored
             if not chunk:
                 continue
             if scored is None or model is not self._models[_serving_role(scored)]:
-                model.prefill(self._row, chunk)
+                model.prefill(self.row, chunk)
             else:
-                self._score(model.prefill(self._row, chunk, keep=len(chunk)), scored, start)
+                self._score(model.prefill(self.row, chunk, keep=len(chunk)), scored, start)
         return end - first
 
     def begin_anew(self) -> None:
         """Forget what the row holds: a prompt without numbers, or what a pass that raised has left."""
         for model in self._models:
-            model.cache.clear_row(self._row, written=self._chunk)
+            model.cache.clear_row(self.row, written=self._chunk)
         self._token_ids, self._scores, self._scored = [], [], None
 
     def prompt_log_probs(self, sequence: Sequence) -> list[TokenLogProb] | None:
@@ -73,8 +73,11 @@ class Staging:
         self._scores = []
         self._scored = sequence if sequence.params.prompt_log_probs else None
         # Scores need the logits of every token, which columns do not hold.
-        self._prefixes.stage(cached, sequence.cache_salt, reuse=self._scored is None)
+        self._stage(cached, sequence.cache_salt, reuse=self._scored is None)
         sequence.num_reused = None
+
+    def _stage(self, token_ids: list[int], salt: str, *, reuse: bool) -> None:
+        self._prefixes.stage(token_ids, salt, reuse=reuse)
 
     def _scores_fit(self, sequence: Sequence) -> bool:
         if not sequence.params.prompt_log_probs:
@@ -86,7 +89,7 @@ class Staging:
         return [
             model
             for model, is_used in zip(self._models, used, strict=False)
-            if is_used and model.cache.lengths[self._row] < len(self._token_ids)
+            if is_used and model.cache.lengths[self.row] < len(self._token_ids)
         ]
 
     def _score(self, logits: Tensor, sequence: Sequence, start: int) -> None:
@@ -102,6 +105,17 @@ class Staging:
         for row in to_host(packed):
             top = top_log_probs(row[1 : 1 + num_top], row[1 + num_top :])
             self._scores.append(TokenLogProb(row[0], top))
+
+
+class SideStaging(Staging):
+    """The same in a free row of the batch, for a prompt of one chunk; it takes over nothing of others."""
+
+    def begin_anew(self) -> None:
+        super().begin_anew()
+        self._prefixes.forget(self.row)
+
+    def _stage(self, token_ids: list[int], salt: str, *, reuse: bool) -> None:
+        self._prefixes.stage_aside(self.row, token_ids, salt)
 
 
 def _serving_role(sequence: Sequence) -> int:

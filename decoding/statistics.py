@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from decoding.sequence import Sequence
+from decoding.sequence import Sequence, TokenLogProb
 
 Phase = Literal["prefill", "decode"]
 
@@ -26,17 +26,26 @@ class ForwardTime:
 
 @dataclass(slots=True)
 class Admissions:
-    """What the first part of a step did, as `StepStats` tells it."""
+    """What the first part of a step did: chunks with their seconds, and who left the queue.
 
-    prefill_id: str | None = None
+    `long_seconds` are those of prompts of several chunks; `admitted` has the prompt's log-probabilities
+    where they were asked for.
+    """
+
+    prefills: list[tuple[str, float]] = field(default_factory=list)
     prefill_tokens: int = 0
+    long_seconds: float = 0.0
     prompt_tokens: int = 0
     cached_tokens: int = 0
-    admitted_ids: list[str] = field(default_factory=list)
+    admitted: list[tuple[Sequence, list[TokenLogProb] | None]] = field(default_factory=list)
 
-    def note(self, sequence: Sequence) -> None:
-        """A sequence has left the queue."""
-        self.admitted_ids.append(sequence.id)
+    def note_chunk(self, sequence: Sequence, num_tokens: int, seconds: float, *, is_long: bool) -> None:
+        self.prefills.append((sequence.id, seconds))
+        self.prefill_tokens += num_tokens
+        self.long_seconds += seconds if is_long else 0.0
+
+    def note_admission(self, sequence: Sequence, prompt_log_probs: list[TokenLogProb] | None) -> None:
+        self.admitted.append((sequence, prompt_log_probs))
         self.prompt_tokens += len(sequence.prompt_ids)
         self.cached_tokens += sequence.num_reused or 0
 
@@ -45,10 +54,11 @@ class Admissions:
 class StepStats:
     """What one engine step did, and for which sequences.
 
-    Times are wall seconds, nodes are counted per row, roots apart. `prefill_id` is the sequence whose
-    prompt was run, `decode_ids` are those of the group that was decoded, `preset` is its preset's name.
-    `admitted_ids` are the sequences that were given a row, or that only wanted their prompt scored,
-    `prompt_tokens` all of their prompts, `cached_prompt_tokens` those that had not to be run for them.
+    Times are wall seconds, nodes are counted per row, roots apart. `prefills` are the sequences whose
+    prompts were run, each with its seconds, `decode_ids` are those of the group that was decoded,
+    `preset` is its preset's name. `admitted_ids` are the sequences that were given a row, or that only
+    wanted their prompt scored, `prompt_tokens` all of their prompts, `cached_prompt_tokens` those that
+    had not to be run for them.
     """
 
     method: str | None = None
@@ -58,7 +68,7 @@ class StepStats:
     prefill_tokens: int = 0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
-    prefill_id: str | None = None
+    prefills: tuple[tuple[str, float], ...] = ()
     decode_ids: tuple[str, ...] = ()
     prompt_tokens: int = 0
     cached_prompt_tokens: int = 0

@@ -185,8 +185,8 @@ class WorkerLoop:
         """Who the step worked for: noted before its outputs end any of them."""
         if self._meter is None:
             return
-        prefilled = [] if last.prefill_id is None else [self._command_id(last.prefill_id)]
-        self._meter.note(PREFILL, last.prefill_seconds, prefilled)
+        for sequence_id, seconds in last.prefills:
+            self._meter.note(PREFILL, seconds, [self._command_id(sequence_id)])
         self._meter.note(DECODE, last.decode_seconds, [self._command_id(each) for each in last.decode_ids])
         self._meter.sample_if_due()
 

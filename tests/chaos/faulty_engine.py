@@ -104,7 +104,7 @@ class FaultyEngine(Engine):
         }
 
     def _holds(self, token_id: int | None, rows: slice | None = None) -> bool:
-        everywhere = (*self._rows.sequences, *self._waiting)
+        everywhere = (*self._rows.sequences, *self._queue)
         sequences = everywhere if rows is None else self._rows.sequences[rows]
         return token_id is not None and any(token_id in each.prompt_ids for each in sequences)
 

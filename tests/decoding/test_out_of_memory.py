@@ -111,7 +111,7 @@ def test_the_youngest_waits_again_and_keeps_its_text(pair: ModelPair) -> None:
         take(engine, texts)
     spoil(pair.target, "forward", once(lambda rows: True))
     assert take(engine, texts) == Retreat("out_of_memory", [])
-    assert [sequence.id for sequence in engine._waiting] == [NAMES[-1]]
+    assert [sequence.id for sequence in engine._queue] == [NAMES[-1]]
     assert (engine.num_running, engine.num_waiting) == (4, 1)
     assert texts[NAMES[-1]].token_ids
     run(engine, texts)

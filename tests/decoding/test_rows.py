@@ -46,7 +46,7 @@ def insert(table: RowTable, caches: list[FakeCache], sequence: Sequence) -> None
     for cache in caches:
         cache.content[table.staging] = sequence.id
         cache.lengths[table.staging] = sequence.num_cached
-    table.insert(sequence)
+    table.insert(sequence, table.staging)
 
 
 @settings(max_examples=150, deadline=None)

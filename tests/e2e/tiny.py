@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 VOCAB_SIZE = 260
 BOS, EOS = 256, 257
+POSITIONS = 512
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% endif %}"
@@ -28,7 +29,15 @@ def byte_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def write_model(folder: Path, *, seed: int, layers: int, hidden: int, vocab_size: int = VOCAB_SIZE) -> Path:
+def write_model(
+    folder: Path,
+    *,
+    seed: int,
+    layers: int,
+    hidden: int,
+    vocab_size: int = VOCAB_SIZE,
+    positions: int = POSITIONS,
+) -> Path:
     """A checkpoint folder with random weights whose logits are spread enough to decode real sequences."""
     torch.manual_seed(seed)
     config = LlamaConfig(
@@ -38,7 +47,7 @@ def write_model(folder: Path, *, seed: int, layers: int, hidden: int, vocab_size
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=512,
+        max_position_embeddings=positions,
         bos_token_id=BOS,
         eos_token_id=EOS,
         tie_word_embeddings=False,
@@ -59,8 +68,8 @@ def write_model(folder: Path, *, seed: int, layers: int, hidden: int, vocab_size
     return folder
 
 
-def write_pair(folder: Path) -> tuple[Path, Path]:
-    target = write_model(folder / "tiny-target", seed=1, layers=2, hidden=64)
+def write_pair(folder: Path, *, positions: int = POSITIONS) -> tuple[Path, Path]:
+    target = write_model(folder / "tiny-target", seed=1, layers=2, hidden=64, positions=positions)
     draft = folder / "tiny-draft"
     write_perturbed(target, draft, noise=0.02)
     return target, draft
