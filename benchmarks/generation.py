@@ -56,7 +56,7 @@ def generate(
     pair: ModelPair, prompts: list[list[int]], params: SamplingParams, config: DecodingConfig, batch: int
 ) -> tuple[list[Generation], Timing]:
     """Decode every prompt, `batch` rows at a time."""
-    engine = Engine(pair, batch)
+    engine = Engine(pair, batch, prefix_caching=False)  # prompts begin alike: their cost is counted whole
     for index, prompt in enumerate(prompts):
         engine.add(Sequence(str(index), prompt, params, config, choice=index))
     results = [Generation() for _ in prompts]

@@ -21,12 +21,13 @@ LOOPBACK = ("127.0.0.1", "::1", "localhost")
 def spawned(flags: Sequence[str]) -> Iterator[str]:
     """Starts this server on a free port and gives its URL once it is ready; stops it at the end.
 
+    Every request computes its own prompt unless `flags` say otherwise: methods are compared on equal ones.
     Raises ValueError with the end of its log when it does not come up.
     """
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = int(listener.getsockname()[1])
     url = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "server", "--port", str(port), *flags]
+    command = [sys.executable, "-m", "server", "--port", str(port), "--no-enable-prefix-caching", *flags]
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)  # noqa: S603 - our own
         try:

@@ -37,6 +37,7 @@ LAW = "tests/decoding/test_acceptance_law.py -k proof_03"
 JOINT = "tests/decoding/test_acceptance.py -k proof_02"
 ENGINE = "tests/decoding/test_engine.py"
 MMTAD = "tests/decoding/methods/test_mmtad.py"
+PREFIX = "tests/decoding/test_prefix_cache.py"
 
 MUTATIONS = (
     Mutation(
@@ -196,6 +197,41 @@ MUTATIONS = (
         "drawn = (log_probs + noise).topk(count, dim=-1).indices\n"
         "            drawn = drawn.gather(-1, log_probs.gather(-1, drawn).argsort(-1, descending=True))",
         "tests/decoding/test_laws.py -k proof_03",
+    ),
+    Mutation(
+        "a draft's last column, which may be missing, is copied",
+        "decoding/prefix_cache.py",
+        "held.lengths[1] = max(held.lengths[1] - 1, 0)",
+        "pass",
+        PREFIX,
+    ),
+    Mutation(
+        "sequences of different salts share columns",
+        "decoding/prefix_cache.py",
+        "if held.salt == salt and held.proven else 0",
+        "if held.proven else 0",
+        PREFIX,
+    ),
+    Mutation(
+        "columns are copied out of rows that no pass has proven",
+        "decoding/prefix_cache.py",
+        "if held.salt == salt and held.proven else 0",
+        "if held.salt == salt else 0",
+        PREFIX,
+    ),
+    Mutation(
+        "a step that broke off leaves what may be copied",
+        "decoding/engine.py",
+        "        self._prefixes.forget_all()\n",
+        "",
+        PREFIX,
+    ),
+    Mutation(
+        "a row is moved and its tokens stay behind",
+        "decoding/prefix_cache.py",
+        "        self._tokens[destination, :length] = self._tokens[source, :length]\n",
+        "",
+        PREFIX,
     ),
 )
 

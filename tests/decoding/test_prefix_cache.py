@@ -11,6 +11,7 @@ import torch
 
 from decoding import Engine, FinishReason, ModelPair, Sequence
 from decoding.model import CausalModel
+from tests.decoding.test_adaptive_engine import Scripted
 from tests.decoding.test_engine import poisoned
 from tests.decoding.tiny import (
     METHODS,
@@ -119,7 +120,8 @@ def assert_held_columns_equal_recomputation(engine: Engine, references: list[Cau
 def test_held_columns_equal_recomputation_in_random_traffic(monkeypatch: pytest.MonkeyPatch) -> None:
     """Branches and continuations of a few texts by every method, joins, leaves, cancels, few rows.
 
-    Guards a row moved without its record, a draft's missing last column, tokens beside the wrong columns.
+    Some are decoded by the target alone for a while, so that their draft lags far behind. Guards a row
+    moved without its record, a draft's missing last column, tokens beside the wrong columns.
     """
     # The same traffic each time: how long a prompt is prefilled beside others depends on the clock.
     monkeypatch.setattr("decoding.prompt_queue.time", SimpleNamespace(monotonic=lambda: 0.0))
@@ -127,7 +129,7 @@ def test_held_columns_equal_recomputation_in_random_traffic(monkeypatch: pytest.
     references = [causal(model.module, rows=1) for model in pair.models.values()]
     rng = random.Random(4)
     known, compared, reused = [PROMPT, BRANCH], Counter[str](), Counter[str]()
-    engine = Engine(pair, 4, prefill_chunk=4)
+    engine = Engine(pair, 4, prefill_chunk=4, policy=Scripted())
     for step in range(80):
         while engine.num_running + engine.num_waiting < rng.choice([1, 2, 4]):
             base = rng.choice(known[-6:])
@@ -140,6 +142,7 @@ def test_held_columns_equal_recomputation_in_random_traffic(monkeypatch: pytest.
                     max_tokens=rng.randint(1, 12),
                     temperature=rng.choice([0, 1.0]),
                     ignore_eos=rng.random() < 0.5,
+                    adaptive=rng.random() < 0.3,
                     prompt_log_probs=rng.random() < 0.1,
                     cache_salt=rng.choice(["", "", "", "other"]),
                 )
