@@ -10,6 +10,7 @@ templates. Ratios are for recording rules, for example
                       / rate(mmtad_prefix_cache_query_tokens_total[5m])
 """
 
+import collections
 import itertools
 from collections.abc import Iterable
 
@@ -267,13 +268,14 @@ class Metrics:
             )
 
     def _record_speculation(self, stats: GenerationStats, model: str, method: str) -> None:
-        drafted, accepted = (
-            self.draft_tokens.labels(model, method),
-            self.accepted_tokens.labels(model, method),
-        )
-        for step in stats.speculation:
-            drafted.inc(step.num_draft_tokens)
-            accepted.inc(step.num_accepted_tokens)
-            self.accepted_length.labels(method).observe(step.num_accepted_tokens)
-            for position in range(step.num_accepted_tokens):
-                self.accepted_by_position.labels(model, method, str(position)).inc()
+        """A long answer has hundreds of steps, and many may end at once: labels are looked up once."""
+        steps = stats.speculation
+        self.draft_tokens.labels(model, method).inc(sum(step.num_draft_tokens for step in steps))
+        self.accepted_tokens.labels(model, method).inc(sum(step.num_accepted_tokens for step in steps))
+        lengths = self.accepted_length.labels(method)
+        by_position: collections.Counter[int] = collections.Counter()
+        for step in steps:
+            lengths.observe(step.num_accepted_tokens)
+            by_position.update(range(step.num_accepted_tokens))
+        for position, count in by_position.items():
+            self.accepted_by_position.labels(model, method, str(position)).inc(count)

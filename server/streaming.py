@@ -3,7 +3,8 @@
 import asyncio
 import contextlib
 import dataclasses
-from collections.abc import AsyncGenerator
+import time
+from collections.abc import AsyncGenerator, Iterable
 from typing import Any
 
 import msgspec
@@ -101,6 +102,11 @@ async def collect_while_connected(request: Request, generation: Generation) -> d
         await _cancel(work, gone)
 
 
+async def _any_done(tasks: "Iterable[asyncio.Future[None]]", timeout: float) -> bool:  # noqa: ASYNC109
+    done, _ = await asyncio.wait(tasks, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+    return bool(done)
+
+
 async def _cancel(*tasks: "asyncio.Future[Any]") -> None:
     for task in tasks:
         task.cancel()
@@ -123,43 +129,56 @@ class EventStreamResponse(Response):
         del self.headers["content-length"]
         self._generation = generation
         self._started = False
+        self._turn = asyncio.Lock()
+        self._sending = False
+        self._moved = 0.0  # monotonic seconds: when sending began or ended
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        gone = asyncio.ensure_future(client_gone(receive))
-        source = chunks(self._generation)
-        following = asyncio.ensure_future(anext(source, None))
+        """One task writes and this one watches it: a timer for every chunk would cost more than the chunk."""
+        self._moved = time.monotonic()
+        watched = {
+            asyncio.ensure_future(self._write(scope, receive, send)),
+            asyncio.ensure_future(client_gone(receive)),
+        }
         try:
-            while True:
-                done, _ = await asyncio.wait(
-                    {following, gone}, timeout=KEEP_ALIVE_SECONDS, return_when=asyncio.FIRST_COMPLETED
-                )
-                if gone in done:
-                    return
-                chunk = following.result() if done else KEEP_ALIVE
-                if chunk is None:
-                    break
-                await self._send(send, chunk)
-                if done:
-                    following = asyncio.ensure_future(anext(source, None))
+            while not await _any_done(watched, min(self._seconds_left(), READER_SECONDS, KEEP_ALIVE_SECONDS)):
+                if self._seconds_left() > 0:
+                    continue
+                if self._sending:
+                    raise TimeoutError
+                async with asyncio.timeout(READER_SECONDS):
+                    await self._send(send, KEEP_ALIVE)
+        except TimeoutError:
+            log.warning("reader_too_slow", seconds=READER_SECONDS)
+        finally:
+            await _cancel(*watched)
+
+    def _seconds_left(self) -> float:
+        """Until the client has taken nothing for too long, or has been sent nothing for too long."""
+        bound = READER_SECONDS if self._sending else KEEP_ALIVE_SECONDS
+        return max(self._moved + bound - time.monotonic(), 0.0)
+
+    async def _write(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            async with contextlib.aclosing(chunks(self._generation)) as source:
+                async for chunk in source:
+                    await self._send(send, chunk)
             await self._send(send, DONE, more=False)
         except ApiError as error:
             await self._fail(scope, receive, send, error)
-        except TimeoutError:
-            log.warning("reader_too_slow", seconds=READER_SECONDS)
         except Exception:
             log.exception("stream_failed")
             await self._fail(scope, receive, send, ServerError())
-        finally:
-            await _cancel(following, gone)
-            await source.aclose()
 
     async def _send(self, send: Send, body: bytes, *, more: bool = True) -> None:
-        if not self._started:
-            self._started = True
-            start: Message = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
-            await send(start)
-        async with asyncio.timeout(READER_SECONDS):
+        async with self._turn:
+            self._sending, self._moved = True, time.monotonic()
+            if not self._started:
+                self._started = True
+                start: Message = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
+                await send(start)
             await send({"type": "http.response.body", "body": body, "more_body": more})
+            self._sending, self._moved = False, time.monotonic()
 
     async def _fail(self, scope: Scope, receive: Receive, send: Send, error: ApiError) -> None:
         """Before the first byte an answer of its own, after it an event and `[DONE]`."""

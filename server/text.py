@@ -165,6 +165,8 @@ class StopScanner:
 
         Without `search` nothing ends here, but a stop string may begin here and end later.
         """
+        if not self._stops:
+            return text
         window = self._held + text
         match = self._first_match(window, len(self._held)) if search else None
         if match is None:
