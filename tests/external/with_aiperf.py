@@ -15,8 +15,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.external.harness import MODEL, TARGET, environment, run, serving
 
-NUM_REQUESTS = 160
-NUM_TOKENS = 128
+NUM_REQUESTS = 120
+NUM_TOKENS = 64
 # aiperf scrapes three times a second and its window opens and ends between two scrapes.
 MOST_RELATIVE_DIFFERENCE = 0.05
 COUNTERS = (
