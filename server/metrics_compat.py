@@ -1,5 +1,6 @@
 """Our numbers under the names that other tools read: `vllm:` names, and DCGM's two of energy."""
 
+import socket
 from collections.abc import Iterator
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric, UnknownMetricFamily
@@ -92,14 +93,15 @@ class VllmNames(Collector):
 class DcgmNames(Collector):
     """The two series of NVIDIA's DCGM exporter from which aiperf takes energy: millijoules and watts.
 
-    Devices are numbered in the order of their names; what is not measured is absent here, too.
+    Devices are numbered in the order of their names; what is not measured is absent here, too. aiperf
+    does not end where the label Hostname is missing.
     """
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
 
     def collect(self) -> Iterator[Metric]:
-        labels = ("gpu", "UUID", "device", "modelName")
+        labels = ("gpu", "UUID", "device", "modelName", "Hostname")
         # DCGM's counter lacks the suffix _total, which a typed counter would be given.
         energy = UnknownMetricFamily(
             "DCGM_FI_DEV_TOTAL_ENERGY_CONSUMPTION", "As mmtad_energy_joules_total, in mJ.", labels=labels
@@ -109,7 +111,7 @@ class DcgmNames(Collector):
         )
         joules = sorted(_sums(self._metrics.energy, "device", "source", suffix="_total").items())
         for number, ((device, source), value) in enumerate(joules):
-            names = (str(number), device, device, source)
+            names = (str(number), device, device, source, socket.gethostname())
             energy.add_metric(names, 1000 * value)
             if device in self._metrics.watts:
                 power.add_metric(names, self._metrics.watts[device])
