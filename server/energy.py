@@ -25,12 +25,16 @@ log = structlog.get_logger("server.energy")
 
 @dataclass(slots=True)
 class _Request:
-    """What one command has used so far; `complete` is false once a reading was missed while it ran."""
+    """What one command has used so far.
+
+    `complete` is false once a reading was missed while it ran, `counted` true once a counter moved.
+    """
 
     method: str
     opened: float
     microjoules: Counter[str] = field(default_factory=Counter)
     complete: bool = True
+    counted: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +74,10 @@ class EnergyMeter:
             self._shares[share] += int(seconds * 1e9) // len(ids)
 
     def close(self, command_id: str) -> EnergyUsage | None:
-        """What a command used, None where a reading was missed; later shares of it count by method only."""
+        """What a command used, None where a reading was missed; later shares of it count by method only.
+
+        Where no counter moved while it ran, that it used something is known, but not how much.
+        """
         if command_id not in self._requests:
             return None
         if self.source.refresh_seconds < SAMPLE_SECONDS:
@@ -79,12 +86,13 @@ class EnergyMeter:
         if not request.complete:
             return None
         seconds = self._clock() - request.opened
+        coarse = seconds < RESOLUTION_INTERVALS * self.source.refresh_seconds
         return EnergyUsage(
             source=self.source.name,
             devices=list(self.source.devices),
-            prefill_microjoules=request.microjoules[PREFILL],
-            decode_microjoules=request.microjoules[DECODE],
-            resolution_limited=seconds < RESOLUTION_INTERVALS * self.source.refresh_seconds,
+            prefill_microjoules=request.microjoules[PREFILL] if request.counted else None,
+            decode_microjoules=request.microjoules[DECODE] if request.counted else None,
+            resolution_limited=coarse or not request.counted,
         )
 
     def forget(self, command_id: str) -> None:
@@ -109,6 +117,8 @@ class EnergyMeter:
             for request in self._requests.values():
                 request.complete = False
             return
+        for request in self._requests.values():
+            request.counted = request.counted or reading != before
         for device, total in reading.items():
             self._divide(device, total - before[device], shares, interval)
         self._measured += interval

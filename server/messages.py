@@ -159,13 +159,14 @@ class SpeculationStep(msgspec.Struct, frozen=True, array_like=True):
 class EnergyUsage(msgspec.Struct, frozen=True, kw_only=True):
     """What one command used of which `devices`.
 
-    `resolution_limited` says that it was too short for what the counter can tell.
+    `resolution_limited` says that it was too short for what the counter can tell; both are None where
+    it ended before the counter moved at all.
     """
 
     source: str
     devices: list[str]
-    prefill_microjoules: int
-    decode_microjoules: int
+    prefill_microjoules: int | None
+    decode_microjoules: int | None
     resolution_limited: bool
 
 

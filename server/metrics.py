@@ -257,8 +257,9 @@ class Metrics:
         self.queue_seconds.labels(method).observe(stats.queue_seconds)
         self.decode_steps.labels(model, method).inc(stats.num_steps)
         self._record_speculation(stats, model, method)
-        if stats.energy is not None:
-            joules = (stats.energy.prefill_microjoules + stats.energy.decode_microjoules) / 1e6
+        energy = stats.energy
+        if energy and energy.prefill_microjoules is not None and energy.decode_microjoules is not None:
+            joules = (energy.prefill_microjoules + energy.decode_microjoules) / 1e6
             self.energy_per_request.labels(method).observe(joules)
             if stats.completion_tokens:
                 self.energy_per_token.labels(method).observe(joules / stats.completion_tokens)

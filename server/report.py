@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -101,17 +102,18 @@ class Report:
         return {"presets": dict(sum((Counter(stats.presets) for stats in self.stats), Counter()))}
 
     def _energy(self) -> dict[str, Any] | None:
-        """Joules of the whole request; null, never 0, where any of it was not measured."""
+        """Joules of the whole request; null, never 0, where any of it was not measured or not seen."""
         used = [stats.energy for stats in self.stats if stats.energy is not None]
         if not used or len(used) < len(self.stats):
             return None
         limited = any(each.resolution_limited for each in used)
-        prefill = sum(each.prefill_microjoules for each in used)
-        total = prefill + sum(each.decode_microjoules for each in used)
+        prefill = _sum(each.prefill_microjoules for each in used)
+        decode = _sum(each.decode_microjoules for each in used)
+        total = _sum((prefill, decode))
         tokens = self.completion_tokens
         return {
             "joules": _joules(total, limited),
-            "joules_per_output_token": _joules(total / tokens, limited) if tokens else None,
+            "joules_per_output_token": _joules(total, limited, tokens) if tokens else None,
             "prefill_joules": _joules(prefill, limited),
             "source": used[0].source,
             "devices": sorted({device for each in used for device in each.devices}),
@@ -178,9 +180,18 @@ def _per_step(steps: list[SpeculationStep]) -> dict[str, Any]:
     }
 
 
-def _joules(microjoules: float, limited: bool) -> float:
+def _sum(values: Iterable[int | None]) -> int | None:
+    """None where one of them is not known."""
+    known = list(values)
+    return None if None in known else sum(value for value in known if value is not None)
+
+
+def _joules(microjoules: int | None, limited: bool, tokens: int = 1) -> float | None:
     """Two significant digits where the counter is too coarse for more."""
-    return float(f"{microjoules / 1e6:.2g}" if limited else f"{microjoules / 1e6:.6g}")
+    if microjoules is None:
+        return None
+    joules = microjoules / 1e6 / tokens
+    return float(f"{joules:.2g}" if limited else f"{joules:.6g}")
 
 
 def _milliseconds(seconds: float) -> float:

@@ -143,11 +143,36 @@ def test_short_requests_say_that_the_counter_is_coarse(refresh: float, seconds: 
     bench.meter.open("a", "target")
     bench.meter.note(DECODE, seconds, ["a"])
     bench.spend(seconds, 1000)
+    bench.meter.sample()
     usage = bench.meter.close("a")
     assert usage is not None
     assert usage.resolution_limited is limited
-    # A counter finer than the timer is read at the end of a request, a coarse one is not.
-    assert usage.decode_microjoules == (2000 if refresh < SAMPLE_SECONDS else 0)
+
+
+@pytest.mark.parametrize(("refresh", "used"), [(0.001, 2000), (0.1, None)])
+def test_without_a_reading_joules_are_not_known(refresh: float, used: int | None) -> None:
+    """A counter finer than the timer is read at the end of a request, a coarse one is not."""
+    bench = Bench(refresh)
+    bench.meter.open("a", "target")
+    bench.meter.note(DECODE, 0.05, ["a"])
+    bench.spend(0.05, 1000)
+    usage = bench.meter.close("a")
+    assert usage is not None
+    assert usage.decode_microjoules == used
+    assert usage.resolution_limited is (used is None)
+
+
+def test_a_reading_that_has_not_moved_tells_nothing() -> None:
+    """The timer may fall between two refreshes of the counter."""
+    bench = Bench(0.1)
+    bench.meter.open("a", "target")
+    bench.meter.note(DECODE, SAMPLE_SECONDS, ["a"])
+    bench.spend(SAMPLE_SECONDS, 0)
+    assert bench.meter.sample_if_due()
+    usage = bench.meter.close("a")
+    assert usage is not None
+    assert (usage.prefill_microjoules, usage.decode_microjoules) == (None, None)
+    assert usage.resolution_limited
 
 
 def test_what_ended_counts_by_method_and_unknown_ids_do_not() -> None:
