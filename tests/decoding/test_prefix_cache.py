@@ -260,7 +260,7 @@ def heal(pair: ModelPair) -> None:
 @pytest.fixture
 def broken() -> ModelPair:
     """Gives no numbers from token 7 on, until it is healed."""
-    return make_pair(poisoned(tiny_llama()), poisoned(tiny_gpt2()), rows=4)
+    return make_pair(poisoned(tiny_llama()), poisoned(tiny_gpt2()), rows=5)
 
 
 @pytest.mark.parametrize("fields", [{}, {"max_tokens": 0, "prompt_log_probs": True}], ids=str)
@@ -292,6 +292,20 @@ def test_sequence_cancelled_before_its_first_step_gives_nothing(chunk: int, brok
     text, _ = serve(engine, good)
     assert good.num_reused == 0
     assert text.token_ids == alone(broken, good).token_ids
+
+
+def test_running_sequence_gives_nothing_before_its_first_step(broken: ModelPair) -> None:
+    """It may turn out to hold no numbers: only a pass tells."""
+    engine = Engine(broken, 4)
+    good = ask("good", [*PROMPT, 1, 1], "target")
+    for sequence in (ask("bad", PROMPT, "target"), ask("between", [9, 9, 9], "target"), good):
+        engine.add(sequence)
+        engine._admit()
+        heal(broken)
+    assert good.num_reused == 0
+    texts = drain(engine, check=True)
+    assert texts["bad"].finish_reason is FinishReason.ERROR
+    assert texts["good"].token_ids == alone(broken, good).token_ids
 
 
 def test_cancelled_sequence_that_was_decoded_gives_what_it_had(pair: ModelPair) -> None:
