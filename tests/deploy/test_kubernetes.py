@@ -9,11 +9,14 @@ from kubernetes_validate import SchemaNotFoundError, latest_version, validate
 
 from server.config import ServerConfig, load_config
 from server.metrics import Metrics
+from server.metrics_compat import make_metrics
 
 ROOT = Path(__file__).parent.parent.parent
 FOLDER = ROOT / "deploy/kubernetes"
 PLACES = ("cpu", "gpu")
-UNCHECKED = {"PodMonitor"}  # of the Prometheus Operator: Kubernetes has no schema of it
+# Of the Prometheus Operator and of the Gateway API Inference Extension: Kubernetes has no schema of them.
+UNCHECKED = {"PodMonitor", "InferencePool"}
+ROUTING_GAUGES = ("vllm:num_requests_waiting", "vllm:num_requests_running", "vllm:kv_cache_usage_perc")
 
 
 def resources(name: str) -> list[dict[str, Any]]:
@@ -89,6 +92,22 @@ def test_services_and_scaling_find_their_pods(place: str) -> None:
     (monitor,) = resources("podmonitor.yml")
     assert monitor["spec"]["selector"]["matchLabels"].items() <= labels.items()
     assert {endpoint["port"] for endpoint in monitor["spec"]["podMetricsEndpoints"]} <= ports.keys()
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_gateway_finds_the_pods_and_what_it_routes_by(place: str) -> None:
+    (pool,) = resources("inferencepool.yml")
+    labels = of_kind(place, "Deployment")["spec"]["template"]["metadata"]["labels"]
+    assert pool["spec"]["selector"]["matchLabels"].items() <= labels.items()
+    (container,) = pod(place)["containers"]
+    ports = {port["containerPort"] for port in container["ports"]}
+    assert {port["number"] for port in pool["spec"]["targetPorts"]} <= ports
+    metrics = make_metrics(ServerConfig())
+    metrics.requests_waiting.labels("tiny").set(0)
+    metrics.requests_running.labels("tiny").set(0)
+    metrics.cache_usage.labels("0", "target").set(0)
+    shown = metrics.exposition().decode()
+    assert [gauge for gauge in ROUTING_GAUGES if f"# TYPE {gauge} gauge" not in shown] == []
 
 
 @pytest.mark.parametrize("place", PLACES)

@@ -12,7 +12,12 @@ ROOT = Path(__file__).parent.parent.parent
 VALIDATORS = {
     "yamllint": ["--strict", ".yamllint.yml", "docker-compose.yml", "deploy"],
     "hadolint": ["Dockerfile"],
-    "check-jsonschema": ["--builtin-schema", "vendor.compose-spec", "docker-compose.yml"],
+    "check-jsonschema": [
+        "--builtin-schema",
+        "vendor.compose-spec",
+        "docker-compose.yml",
+        "deploy/ray/docker-compose.yml",
+    ],
 }
 
 

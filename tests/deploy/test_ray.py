@@ -1,0 +1,113 @@
+"""The files of deploy/ray: confined like the others, with commands that Ray and the server understand."""
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from kubernetes_validate import SchemaNotFoundError, latest_version, validate
+
+from server.config import ServerConfig, load_config
+
+FOLDER = Path(__file__).parent.parent.parent / "deploy/ray"
+COMPOSE: dict[str, Any] = yaml.safe_load((FOLDER / "docker-compose.yml").read_text(encoding="utf-8"))
+SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
+CLUSTER: dict[str, Any] = yaml.safe_load((FOLDER / "raycluster.yml").read_text(encoding="utf-8"))
+GROUPS: list[dict[str, Any]] = [CLUSTER["spec"]["headGroupSpec"], *CLUSTER["spec"]["workerGroupSpecs"]]
+PODS: list[dict[str, Any]] = [group["template"] for group in GROUPS]
+
+
+def containers() -> list[dict[str, Any]]:
+    return [container for pod in PODS for container in pod["spec"]["containers"]]
+
+
+def shell_lines() -> list[str]:
+    lines = [service["command"][0] for service in SERVICES.values()]
+    return lines + [container["args"][0] for container in containers()]
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_every_service_is_confined(name: str) -> None:
+    service = SERVICES[name]
+    assert service["read_only"] is True
+    assert service["cap_drop"] == ["ALL"]
+    assert service["security_opt"] == ["no-new-privileges:true"]
+    assert {"memory", "pids"} <= service["deploy"]["resources"]["limits"].keys()
+    assert service["build"]["args"]["INSTALL"] == "--ray"
+    assert all(re.match(r"127\.0\.0\.1:", port) for port in service.get("ports", []))
+
+
+def test_nobody_outside_reaches_the_cluster() -> None:
+    assert COMPOSE["networks"]["cluster"] == {"internal": True}
+    assert {name for name, service in SERVICES.items() if "outside" in service["networks"]} == {"head"}
+
+
+def test_the_manifest_of_an_operator_is_not_checked_but_its_pods_are() -> None:
+    with pytest.raises(SchemaNotFoundError):
+        validate(CLUSTER, latest_version(), strict=True)
+    for pod in PODS:
+        metadata = {"name": "pod", **pod["metadata"]}
+        whole = {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": pod["spec"]}
+        validate(whole, latest_version(), strict=True)
+
+
+@pytest.mark.parametrize("pod", PODS, ids=["head", "node"])
+def test_pods_are_confined(pod: dict[str, Any]) -> None:
+    spec = pod["spec"]
+    (container,) = spec["containers"]
+    assert spec["securityContext"]["runAsNonRoot"] is True
+    assert spec["automountServiceAccountToken"] is False
+    own = container["securityContext"]
+    assert own["readOnlyRootFilesystem"] is True
+    assert own["allowPrivilegeEscalation"] is False
+    assert own["capabilities"] == {"drop": ["ALL"]}
+    mounts = {mount["name"] for mount in container["volumeMounts"]}
+    assert mounts == {volume["name"] for volume in spec["volumes"]}
+
+
+def test_what_runs_may_end() -> None:
+    drain = ServerConfig.model_fields["shutdown_timeout"].default
+    assert int(SERVICES["head"]["stop_grace_period"].removesuffix("s")) > drain
+    spec = PODS[0]["spec"]
+    before = spec["containers"][0]["lifecycle"]["preStop"]["sleep"]["seconds"]
+    assert spec["terminationGracePeriodSeconds"] > before + drain
+
+
+@pytest.mark.parametrize("line", shell_lines())
+def test_ray_understands_its_flags(line: str) -> None:
+    scripts = pytest.importorskip("ray.scripts.scripts", reason="Ray is not installed")
+    start = re.search(r"\.venv/bin/ray start (.*?)(?:&&|$)", line, re.DOTALL)
+    assert start is not None
+    filled = re.sub(r'"?\$\$?\{?\w+\}?(:6379)?"?', lambda match: f"1{match[1] or ''}", start[1])
+    values = scripts.start.make_context("start", shlex.split(filled)).params
+    assert values["disable_usage_stats"] is True
+    assert values["head"] != bool(values["address"])
+    if values["head"]:
+        assert values["include_dashboard"] is False
+        assert values["num_cpus"] == 0
+        assert line.rstrip().endswith("&& exec .venv/bin/python -m server")
+
+
+def test_the_version_is_the_pinned_one() -> None:
+    constraints = (FOLDER.parent.parent / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    assert f"ray=={CLUSTER['spec']['rayVersion']}" in constraints
+
+
+@pytest.mark.parametrize("place", ["compose", "kubernetes"])
+def test_the_server_accepts_its_environment(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("ray", reason="Ray is not installed")
+    keys = tmp_path / "keys.txt"
+    keys.write_text("a-key\n")
+    variables = SERVICES["head"]["environment"]
+    if place == "kubernetes":
+        variables = {each["name"]: each["value"] for each in containers()[0]["env"]}
+    for name, value in variables.items():
+        filled = re.sub(r"\$\{\w+:-(\w*)\}", r"\1", value)
+        monkeypatch.setenv(name, filled.replace("/run/keys/keys.txt", str(keys)))
+    config = load_config([])
+    assert (config.host, config.port) == ("0.0.0.0", 8000)
+    assert (config.worker_backend, config.num_workers) == ("ray", 2)
