@@ -8,7 +8,7 @@ from torch import Tensor
 
 from decoding.batch import Batch
 from decoding.model import CausalModel
-from decoding.sampler import Draw, gumbel, uniforms
+from decoding.sampler import Draw, gumbel, likeliest, uniforms
 from decoding.token_tree import TokenTree, gather_at
 
 CANDIDATES_PER_BEAM = 64  # a beam offers its likeliest tokens; exact for beam search up to this width
@@ -80,7 +80,7 @@ def _candidates(
     tree: TokenTree, beams: Beams, frozen: Tensor, log_probs: Tensor, num_offered: int
 ) -> _Candidates:
     """Every live beam offers its likeliest tokens, a frozen one only itself, with its own score."""
-    values, token_ids = log_probs.topk(min(num_offered, log_probs.shape[-1]), dim=-1)
+    values, token_ids = likeliest(log_probs, min(num_offered, log_probs.shape[-1]))
     scores = beams.scores[:, :, None] + values.double()
     own_token = tree.token_ids.gather(1, beams.nodes)
     scores = torch.where(frozen[:, :, None], -math.inf, scores)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from decoding.sequence import SamplingParams
 
+_CHUNK = 64
 TIE_MARGIN = 64  # equal logits beyond a top-k border that are told apart by token id
 
 _GOLDEN = -0x61C8864680B583EB  # 0x9E3779B97F4A7C15 as a signed 64-bit integer
@@ -46,6 +47,7 @@ class RowSampling:
     log_min_p: Tensor
     ranked: Tensor
     sort_width: int
+    all_ranked: bool
     any_temperature: bool
     any_greedy: bool
     all_greedy: bool
@@ -67,6 +69,7 @@ class RowSampling:
             log_min_p=torch.tensor([math.log(p) if p > 0 else -math.inf for p in min_p], device=device),
             ranked=torch.tensor(ranked, device=device),
             sort_width=max((k for k, used in zip(top_k, ranked, strict=True) if used), default=0),
+            all_ranked=all(ranked),
             any_temperature=any(value != 1.0 for value in temperature),
             any_greedy=any(row.greedy for row in params),
             all_greedy=all(row.greedy for row in params),
@@ -87,27 +90,38 @@ def to_log_probs(logits: Tensor, sampling: RowSampling, *, point_mass: bool) -> 
     becomes the point mass at its argmax if `point_mass`, else the log-softmax of its logits.
     """
     scaled = logits / sampling.temperature[:, None, None] if sampling.any_temperature else logits
-    if sampling.sort_width:
-        scaled = torch.where(sampling.ranked[:, None, None], _keep_ranked(scaled, sampling), scaled)
-    if sampling.any_min_p:
-        floor = scaled.amax(-1, keepdim=True) + sampling.log_min_p[:, None, None]
-        scaled = scaled.masked_fill(scaled < floor, -math.inf)
-    log_probs = scaled.log_softmax(-1)
+    if sampling.all_ranked:
+        log_probs = _ranked_log_probs(scaled, sampling)
+    else:
+        log_probs = _unranked_log_probs(scaled, sampling)
+        if sampling.sort_width:
+            ranked = _ranked_log_probs(scaled, sampling)
+            log_probs = torch.where(sampling.ranked[:, None, None], ranked, log_probs)
     if point_mass and sampling.any_greedy:
         log_probs = torch.where(sampling.greedy[:, None, None], _point_mass(logits), log_probs)
     return log_probs
 
 
-def _keep_ranked(scaled: Tensor, sampling: RowSampling) -> Tensor:
-    """Top-k, then top-p on what it leaves; everything else becomes -inf."""
+def _unranked_log_probs(scaled: Tensor, sampling: RowSampling) -> Tensor:
+    """Min-p alone."""
+    if sampling.any_min_p:
+        floor = scaled.amax(-1, keepdim=True) + sampling.log_min_p[:, None, None]
+        scaled = scaled.masked_fill(scaled < floor, -math.inf)
+    return scaled.log_softmax(-1)
+
+
+def _ranked_log_probs(scaled: Tensor, sampling: RowSampling) -> Tensor:
+    """Top-k, then top-p on what it leaves, then min-p; everything else becomes -inf."""
     values, token_ids = _ranked(scaled, sampling.sort_width)
     rank = torch.arange(values.shape[-1], device=scaled.device)
     values = values.masked_fill(rank >= sampling.top_k[:, None, None], -math.inf)
     probs = values.softmax(-1)
     mass_before = probs.cumsum(-1) - probs
     dropped = (mass_before >= sampling.top_p[:, None, None]) & (rank > 0)
-    values = values.masked_fill(dropped, -math.inf)
-    return torch.full_like(scaled, -math.inf).scatter_(-1, token_ids, values)
+    if sampling.any_min_p:
+        dropped = dropped | (values < values[..., :1] + sampling.log_min_p[:, None, None])
+    kept = values.masked_fill(dropped, -math.inf).log_softmax(-1)
+    return torch.full_like(scaled, -math.inf).scatter_(-1, token_ids, kept)
 
 
 def _ranked(scaled: Tensor, width: int) -> tuple[Tensor, Tensor]:
@@ -116,9 +130,28 @@ def _ranked(scaled: Tensor, width: int) -> tuple[Tensor, Tensor]:
         values, token_ids = scaled.sort(dim=-1, descending=True, stable=True)
         return values, token_ids
     # Which of several equal values topk returns, and where, may depend on its width: on a neighbour's filter.
-    token_ids = scaled.topk(width + TIE_MARGIN, dim=-1).indices.sort(dim=-1).values
+    token_ids = likeliest(scaled, width + TIE_MARGIN)[1].sort(dim=-1).values
     values, order = scaled.gather(-1, token_ids).sort(dim=-1, descending=True, stable=True)
     return values, token_ids.gather(-1, order)
+
+
+def likeliest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` largest of `values` `[..., vocab]`, descending, and their token ids, as `topk`.
+
+    On CPUs the largest lie in the chunks of the largest maxima, so only so many chunks are ranked.
+    """
+    chunks = values.shape[-1] // _CHUNK
+    if values.device.type != "cpu" or 2 * count > chunks:
+        best = values.topk(count, dim=-1)
+        return best.values, best.indices
+    body = values[..., : chunks * _CHUNK].view(*values.shape[:-1], chunks, _CHUNK)
+    numbers = body.amax(-1).topk(count, dim=-1, sorted=False).indices
+    kept = body.gather(-2, numbers.unsqueeze(-1).expand(*numbers.shape, _CHUNK)).flatten(-2)
+    found = torch.cat([kept, values[..., chunks * _CHUNK :]], dim=-1).topk(count, dim=-1)
+    number = (found.indices // _CHUNK).clamp(max=count - 1)
+    inside = numbers.gather(-1, number) * _CHUNK + found.indices % _CHUNK
+    behind = found.indices + (chunks - count) * _CHUNK
+    return found.values, torch.where(found.indices < count * _CHUNK, inside, behind)
 
 
 def _point_mass(logits: Tensor) -> Tensor:

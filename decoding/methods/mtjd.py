@@ -23,18 +23,16 @@ class MTJD:
         tree, beams, levels = beam_search(target, batch, logits, num_offered=pair.vocab_size)
         path = tree.path(beams.best(), batch.depth)
         token_ids, num_tokens = tree.token_ids.gather(1, path), (path > 0).sum(1)
-        at_parents = _parent_logits(levels, path, batch.width)
-        normalisers = at_parents.logsumexp(-1)
-        log_probs = at_parents.gather(2, token_ids[:, :, None])[:, :, 0] - normalisers
-        places = torch.arange(batch.depth, device=path.device).expand_as(path)
-        top_ids, top_values = top_tokens(batch, at_parents, normalisers, places)
+        at_parents = _parent_logits(levels, path, batch.width).log_softmax(-1)
+        log_probs = at_parents.gather(2, token_ids[:, :, None])[:, :, 0]
+        top_ids, top_values = top_tokens(batch, at_parents)
         step = DecodeStep(
             token_ids=token_ids,
             log_probs=log_probs,
             num_tokens=num_tokens,
             num_accepted=num_tokens - 1,
             num_drafted=batch.limits - 1,
-            finite=tree.finite & levels[0].logsumexp(-1).isfinite().all(1),
+            finite=tree.finite & levels[0].amax(-1).isfinite().all(1),
             num_nodes=tree.num_nodes - 1,
             top_ids=top_ids,
             top_log_probs=top_values,

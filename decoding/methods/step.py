@@ -126,15 +126,16 @@ def collect(
     token_ids.scatter_(1, num_accepted[:, None], next_ids[:, None])
     sources = torch.cat([torch.zeros_like(next_ids)[:, None], path], dim=1)
     num_tokens = num_accepted + 1 if ended is None else num_accepted + (~ended)
-    normalisers = logits.logsumexp(-1)
-    top_ids, top_values = top_tokens(batch, logits, normalisers, sources)
+    # Only what is delivered is normalised: at up to depth + 1 of the nodes.
+    delivered = logits.gather(1, sources[:, :, None].expand(-1, -1, logits.shape[-1])).log_softmax(-1)
+    top_ids, top_values = top_tokens(batch, delivered)
     step = DecodeStep(
         token_ids=token_ids,
-        log_probs=_raw_log_probs(logits, normalisers, sources, token_ids),
+        log_probs=delivered.gather(2, token_ids[:, :, None])[:, :, 0],
         num_tokens=num_tokens,
         num_accepted=num_accepted,
         num_drafted=batch.limits.clamp(max=depth),
-        finite=normalisers.isfinite().all(1) & tree.finite,
+        finite=logits.amax(-1).isfinite().all(1) & tree.finite,
         num_nodes=tree.num_nodes - 1,
         top_ids=top_ids,
         top_log_probs=top_values,
@@ -165,18 +166,9 @@ def _reference(tree: TokenTree, batch: Batch, log_probs: Tensor, draft_reference
     return torch.where(batch.target_reference[:, None], target, draft_reference)
 
 
-def top_tokens(
-    batch: Batch, logits: Tensor, normalisers: Tensor, sources: Tensor
-) -> tuple[Tensor | None, Tensor | None]:
-    """The likeliest tokens at nodes `sources` `[rows, tokens]` with their untransformed log-probs."""
+def top_tokens(batch: Batch, log_probs: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """The likeliest tokens at each of `[rows, tokens, vocab]`, where some row asks for them."""
     if batch.num_top_log_probs == 0:
         return None, None
-    index = sources[:, :, None].expand(-1, -1, logits.shape[-1])
-    best = logits.gather(1, index).topk(batch.num_top_log_probs, dim=-1)
-    return best.indices, best.values - normalisers.gather(1, sources)[:, :, None]
-
-
-def _raw_log_probs(logits: Tensor, normalisers: Tensor, sources: Tensor, token_ids: Tensor) -> Tensor:
-    """Untransformed log-probs `[rows, tokens]` of tokens drawn at the nodes `sources` `[rows, tokens]`."""
-    flat = sources * logits.shape[-1] + token_ids
-    return logits.flatten(1).gather(1, flat) - normalisers.gather(1, sources)
+    best = log_probs.topk(batch.num_top_log_probs, dim=-1)
+    return best.indices, best.values

@@ -8,7 +8,16 @@ import torch
 from torch import Tensor
 
 from decoding import SamplingParams, sampler
-from decoding.sampler import Draw, RowSampling, gumbel, sample, step_streams, to_log_probs, uniforms
+from decoding.sampler import (
+    Draw,
+    RowSampling,
+    gumbel,
+    likeliest,
+    sample,
+    step_streams,
+    to_log_probs,
+    uniforms,
+)
 from tests.decoding.tiny import CPU
 
 SMALLEST, LARGEST = 2.0**-53, 1 - 2.0**-53
@@ -171,3 +180,18 @@ def test_number_depends_on_its_counter_alone() -> None:
         assert torch.equal(together[row : row + 1], numbers(torch.tensor([row])))
     stream = step_streams(torch.tensor([977]), torch.tensor([1]), torch.tensor([1]))
     assert uniforms(stream, Draw.BEAM, 2, 5, 1).item() == together[1, 1].item()
+
+
+@pytest.mark.parametrize("vocab_size", [64 * 40, 64 * 40 + 17])
+@pytest.mark.parametrize("count", [1, 5, 18, 30])
+def test_likeliest_is_topk(vocab_size: int, count: int) -> None:
+    """In chunks and beyond the last one, with whole chunks excluded; equal values may differ in place."""
+    generator = torch.Generator().manual_seed(count)
+    values = torch.randn(2, 3, vocab_size, generator=generator)
+    values[0, 0, :-3] = -math.inf
+    values[0, 1, -20:] += 9
+    values[1, 2] = values[1, 2].round()
+    found, token_ids = likeliest(values, count)
+    assert torch.equal(found, values.topk(count, dim=-1).values)
+    assert torch.equal(values.gather(-1, token_ids), found)
+    assert all(len(set(row)) == count for row in token_ids.flatten(0, 1).tolist())
