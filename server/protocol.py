@@ -177,7 +177,7 @@ class TimedProtocol(H11Protocol, asyncio.BufferedProtocol):
             log.warning("reader_too_slow", seconds=self._limits.reader_seconds, num_bytes=num_waiting)
             self.transport.abort()
             return
-        pause = self._limits.reader_seconds / 4
+        pause = self._limits.reader_seconds / 15
         self._reader_timer = self.loop.call_later(pause, self._watch_reader, taken, since)
 
 
