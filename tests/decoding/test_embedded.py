@@ -173,6 +173,16 @@ def test_repository_ships_every_weight_of_the_draft_but_the_embedding() -> None:
     assert all(weight.dtype == torch.float16 and weight.isfinite().all() for weight in shipped.values())
 
 
+def test_repository_ships_the_ids_that_the_draft_proposes() -> None:
+    folder = embedded._MODELS_FOLDER / embedded.DRAFT_NAME
+    tensors = load_file(folder / embedded.OUTPUT_HEAD_FILE)
+    ids = tensors["output_ids"].tolist()
+    vocab_size = json.loads((folder / "config.json").read_text())["vocab_size"]
+    assert set(tensors) == {"output_ids"}
+    assert ids == sorted(set(ids))
+    assert (len(ids), ids[0] >= 0, ids[-1] < vocab_size) == (16_384, True, True)
+
+
 def test_installed_file_is_converted(package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[Path, Path]] = []
     monkeypatch.setattr(embedded, "convert_gguf", lambda *arguments: calls.append(arguments))
