@@ -2,12 +2,21 @@
 
 import argparse
 import time
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
 
-from decoding import DecodingConfig, Engine, FinishReason, ModelPair, SamplingParams, Sequence
+from decoding import (
+    DecodingConfig,
+    Engine,
+    FinishReason,
+    ModelPair,
+    Policy,
+    SamplingParams,
+    Sequence,
+)
 
 
 @dataclass
@@ -31,7 +40,8 @@ class Timing:
 
     `step_seconds` are wall seconds of one step each, `step_tokens` what it delivered in all rows,
     `step_cpu_seconds` the process's CPU seconds of those steps that ran no prompt, `cpu_seconds` those of
-    the whole run for `num_tokens` tokens, prefill included.
+    the whole run for `num_tokens` tokens, prefill included, `seconds` its wall seconds. `presets` counts
+    its steps by their shape.
     """
 
     step_seconds: list[float] = field(default_factory=list)
@@ -39,6 +49,8 @@ class Timing:
     step_cpu_seconds: list[float] = field(default_factory=list)
     cpu_seconds: float = 0.0
     num_tokens: int = 0
+    seconds: float = 0.0
+    presets: Counter[str] = field(default_factory=Counter)
 
 
 def sampling_params(arguments: argparse.Namespace, temperature: float) -> SamplingParams:
@@ -53,15 +65,21 @@ def sampling_params(arguments: argparse.Namespace, temperature: float) -> Sampli
 
 
 def generate(
-    pair: ModelPair, prompts: list[list[int]], params: SamplingParams, config: DecodingConfig, batch: int
+    pair: ModelPair,
+    prompts: list[list[int]],
+    params: SamplingParams,
+    config: DecodingConfig,
+    batch: int,
+    policy: Policy | None = None,
 ) -> tuple[list[Generation], Timing]:
-    """Decode every prompt, `batch` rows at a time."""
-    engine = Engine(pair, batch, prefix_caching=False)  # prompts begin alike: their cost is counted whole
+    """Decode every prompt, `batch` rows at a time; an adaptive `config` needs a `policy`."""
+    # Prompts begin alike: their cost is counted whole.
+    engine = Engine(pair, batch, prefix_caching=False, policy=policy)
     for index, prompt in enumerate(prompts):
         engine.add(Sequence(str(index), prompt, params, config, choice=index))
     results = [Generation() for _ in prompts]
     timing = Timing()
-    started = time.process_time()
+    started, began = time.process_time(), time.monotonic()
     while engine.has_work():
         tokens, before = 0, time.process_time()
         outputs = engine.step()
@@ -76,12 +94,15 @@ def generate(
             result.drafted.append(output.num_draft_tokens)
             tokens += len(output.token_ids)
         timing.num_tokens += tokens
+        if engine.last_step.preset is not None:
+            timing.presets[engine.last_step.preset] += 1
         if engine.last_step.num_sequences == batch:
             timing.step_seconds.append(engine.last_step.decode_seconds)
             timing.step_tokens.append(tokens)
             if not engine.last_step.prefill_tokens:
                 timing.step_cpu_seconds.append(cpu_seconds)
     timing.cpu_seconds = time.process_time() - started
+    timing.seconds = time.monotonic() - began
     return results, timing
 
 

@@ -133,7 +133,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--server-flags", nargs=argparse.REMAINDER, default=[], help="last: for --spawn")
     parser.add_argument("--model", help="default: the first that the server lists")
     parser.add_argument("--api-key")
-    parser.add_argument("--methods", nargs="+", help=f"default for this server: {' '.join(METHODS)}")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        help=f"mmtad, or mmtad-4x4 for fixed depth and width; for this server: {' '.join(METHODS)}",
+    )
     parser.add_argument("--speculative", type=json.loads, help='more of the field, as {"beam_width": 2}')
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32])
     parser.add_argument("--rates", type=float, nargs="*", default=[0.3, 0.7, 1.0], help="shares of capacity")

@@ -42,6 +42,19 @@ class Outcome:
         return self.ended - self.due
 
 
+def shaped(method: str) -> dict[str, Any]:
+    """`mmtad-4x4`: depth and width fixed; without them a server may choose them anew in every step.
+
+    Raises:
+        ValueError: what follows the method is not a depth and a width.
+    """
+    name, _, shape = method.partition("-")
+    if not shape:
+        return {"method": name}
+    depth, width = (int(number) for number in shape.split("x"))
+    return {"method": name, "num_speculative_tokens": depth, "beam_width": width}
+
+
 @dataclass(frozen=True, slots=True)
 class Endpoint:
     """Where requests go, and what all of them have in common."""
@@ -53,7 +66,7 @@ class Endpoint:
         """Never raises for what a server or a network can do: that is an outcome."""
         body = {**self.fields, "prompt": prompt, "stream": True, "stream_options": {"include_usage": True}}
         if method is not None:
-            body["speculative"] = {"method": method, **(self.fields.get("speculative") or {})}
+            body["speculative"] = {**shaped(method), **(self.fields.get("speculative") or {})}
         try:
             async with self.http.stream("POST", "/v1/completions", json=body) as response:
                 if response.status_code != httpx.codes.OK:

@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
-from benchmarks.load.client import Endpoint, Outcome
+from benchmarks.load.client import Endpoint, Outcome, shaped
 
 Handler = Callable[[httpx.Request], httpx.Response]
 USAGE = {"choices": [], "usage": {"completion_tokens": 10}, "metrics": {"seed": 1}}
@@ -57,6 +57,11 @@ async def test_the_method_is_sent_with_what_else_was_asked() -> None:
     await ask(handler, "mmtad", speculative={"beam_width": 2})
     await ask(handler)
     assert sent[0]["speculative"] == {"method": "mmtad", "beam_width": 2}
+    assert shaped("speculative-2x1") == {
+        "method": "speculative",
+        "num_speculative_tokens": 2,
+        "beam_width": 1,
+    }
     assert "speculative" not in sent[1]
     assert all(body["stream_options"] == {"include_usage": True} for body in sent)
 
