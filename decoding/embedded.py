@@ -148,7 +148,7 @@ def _remove_stale(cache: Path) -> None:
 
 
 def _convert_installed_target(folder: Path) -> None:
-    gguf_file = _find_gguf()
+    gguf_file = installed_gguf()
     with gguf_file.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     if digest != _GGUF_SHA256:
@@ -158,7 +158,7 @@ def _convert_installed_target(folder: Path) -> None:
     convert_gguf(gguf_file, folder)
 
 
-def _find_gguf() -> Path:
+def installed_gguf() -> Path:
     """The file in the installed package, which is never imported: it would load a library of its own."""
     try:
         path = Path(str(metadata.distribution(_PACKAGE).locate_file(_GGUF_PATH)))

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -24,28 +24,48 @@ def spawned(flags: Sequence[str]) -> Iterator[str]:
     Every request computes its own prompt unless `flags` say otherwise: methods are compared on equal ones.
     Raises ValueError with the end of its log when it does not come up.
     """
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = int(listener.getsockname()[1])
-    url = f"http://127.0.0.1:{port}"
+    port = free_port()
     command = [sys.executable, "-m", "server", "--port", str(port), "--no-enable-prefix-caching", *flags]
+    with started(command, f"http://127.0.0.1:{port}"):
+        yield f"http://127.0.0.1:{port}"
+
+
+@contextlib.contextmanager
+def started(
+    command: Sequence[str],
+    url: str,
+    *,
+    ready: str = "/ready",
+    environment: Mapping[str, str] | None = None,
+    seconds: float = START_SECONDS,
+) -> Iterator[psutil.Process]:
+    """The process of any server that `command` starts, once `url` answers at `ready`; stopped at the end.
+
+    Raises ValueError with the end of its log when it does not come up within `seconds`.
+    """
     with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)  # noqa: S603 - our own
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)  # noqa: S603 - the caller's
         try:
-            if not _comes_up(process, url):
+            if not _comes_up(process, url + ready, seconds):
                 log.seek(0)
                 end = log.read().decode(errors="replace").strip().splitlines()[-5:]
                 raise ValueError("the server did not become ready:\n" + "\n".join(end))
-            yield url
+            yield psutil.Process(process.pid)
         finally:
             process.terminate()
             process.wait(60)
 
 
-def _comes_up(process: "subprocess.Popen[bytes]", url: str) -> bool:
-    deadline = time.monotonic() + START_SECONDS
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+def _comes_up(process: "subprocess.Popen[bytes]", url: str, seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
     while process.poll() is None and time.monotonic() < deadline:
         with contextlib.suppress(httpx.TransportError):
-            if httpx.get(f"{url}/ready", timeout=5).status_code == httpx.codes.OK:
+            if httpx.get(url, timeout=5).status_code == httpx.codes.OK:
                 return True
         time.sleep(0.2)
     return False
