@@ -5,7 +5,7 @@
 Each row serves that many streams at once from workers that deliver tokens at a fixed pace (see
 `benchmarks.paced_worker`). The API process has one core to itself, workers and clients share another one.
 Prints one JSON object a row: offered and delivered tokens per second, chunks per second, percentiles of the
-event loop's lag once all streams have begun (each the upper bound of its bucket), and the CPU time of the API
+event loop's lag while all streams run (each the upper bound of its bucket), and the CPU time of the API
 process per chunk.
 `--profile FILE` has py-spy record what the API process does, of the last row in the end.
 """
@@ -58,8 +58,11 @@ class Clients:
         self.num_chunks = 0
         self.num_failed = 0
 
-    def run(self, on_begun: Callable[[], None]) -> float:
-        """Seconds from the first chunk to the end of the last stream; calls back once all have begun."""
+    def run(self, on_begun: Callable[[], None], on_ending: Callable[[], None]) -> float:
+        """Seconds from the first chunk to the end of the last stream.
+
+        Calls back once all have begun, and again when the first one has ended.
+        """
         selector = selectors.DefaultSelector()
         tails: dict[socket.socket, bytes] = {}
         for _ in range(self._num_streams):
@@ -80,6 +83,8 @@ class Clients:
                     if not silent:
                         on_begun()
                 if not received or END in data:
+                    if len(tails) == self._num_streams:
+                        on_ending()
                     self.num_failed += not received
                     selector.unregister(link)
                     link.close()
@@ -133,12 +138,14 @@ def measure(arguments: argparse.Namespace, num_streams: int) -> dict[str, Any]:
     max_tokens = steps * arguments.tokens
     with serving(arguments, rows) as (process, port):
         before: dict[float, float] = {}
+        after: dict[float, float] = {}
         api, clients = psutil.Process(process.pid), Clients(port, num_streams, max_tokens)
         cpu = sum(api.cpu_times()[:2])
         with _profiled(arguments, process.pid):
-            seconds = clients.run(lambda: before.update(asyncio.run(_lag(port))))
+            seconds = clients.run(
+                lambda: before.update(asyncio.run(_lag(port))), lambda: after.update(asyncio.run(_lag(port)))
+            )
             cpu = sum(api.cpu_times()[:2]) - cpu
-        after = asyncio.run(_lag(port))
     during = {bound: count - before[bound] for bound, count in after.items()}
     return {
         "streams": num_streams,
