@@ -74,11 +74,11 @@ def measure(
     batch: int,
     repeats: int,
 ) -> list[Row]:
-    """All configurations with `batch` rows decoded at once, in turn; round 0 only warms up."""
+    """All configurations with `batch` rows decoded at once, in turn; in round 0 the policy learns."""
     figures = [Figures(config) for config in configurations(greedy=params.greedy)]
     for repeat in range(repeats + 1):
-        used = prompts[:batch] if repeat == 0 else prompts
         for each in figures:
+            used = prompts if repeat or each.config.adaptive else prompts[:batch]
             results, timing = generate(pair, used, params, each.config, batch, policy)
             if repeat:
                 each.rates.append(timing.num_tokens / timing.seconds)

@@ -5,7 +5,7 @@ from typing import Self
 
 from decoding.config import DecodingConfig, Preset
 
-PRIOR_STEPS = 4.0  # what the first guess of a pair weighs
+PRIOR_STEPS = 3.0  # what the first guess of a pair weighs
 PAIR_STEPS = 16.0  # what the pair's averages weigh for one sequence
 PAIR_MEMORY = 512.0  # steps after which an observation counts little
 SEQUENCE_MEMORY = 64.0
@@ -66,7 +66,7 @@ class Family:
 
     def first_guess(self, depth: int) -> list[float]:
         """Hopeful, so that everything promising is tried before it is judged."""
-        return [1 - 0.2 / max(self.preset.width, 1)] * depth
+        return [1 - 0.3 / max(self.preset.width, 1)] * depth
 
 
 class PairSurvival:
