@@ -105,7 +105,8 @@ def test_a_command_is_answered_with_tokens_and_an_end() -> None:
         assert end.finish_reasons == [FinishReason.LENGTH] * 2
         assert (end.stats.prompt_tokens, end.stats.completion_tokens, end.stats.num_steps) == (2, 14, 6)
         assert end.stats.log_prob_sum == pytest.approx(-7.0)
-        assert end.stats.speculation == [SpeculationStep(4, accepted, 4) for accepted in (2, 2, 0)] * 2
+        steps_of_one = [SpeculationStep(4, accepted, 4, "mmtad-4x4") for accepted in (2, 2, 0)]
+        assert end.stats.speculation == steps_of_one * 2
         assert end.stats.queue_seconds >= 0
 
 
