@@ -20,6 +20,7 @@ from decoding.beam import CANDIDATES_PER_BEAM
 from decoding.cost_curve import CATCH_UP, CATCH_UP_TOKENS, DRAFT, GAP, KINDS, TARGET, CostCurve
 from decoding.draft_gap import GAP_TOKENS
 from decoding.model import ModelPair
+from decoding.timing import cost_clock
 from decoding.token_tree import TokenTree
 
 MEASURED_SECONDS = 15.0
@@ -106,12 +107,13 @@ def _time(pair: ModelPair, each: Pass, context: int) -> float:
     kind, rows, _ = each
     model = pair.models["target" if kind == TARGET else "draft"]
     model.cache.lengths[:rows] = [context] * rows
-    started = time.monotonic()
+    clock = cost_clock(pair.device)
+    started = clock()
     try:
         _run(pair, each, torch.full((rows,), context, device=pair.device))
         if pair.device.type == "cuda":
             torch.cuda.synchronize(pair.device)
-        return time.monotonic() - started
+        return clock() - started
     finally:
         for row in range(rows):
             model.cache.clear_row(row)

@@ -1,6 +1,5 @@
 """One decoding step of a group of rows: its shape, what the draft has missed, the method's own step."""
 
-import time
 from collections.abc import Sequence as Series
 from dataclasses import dataclass, replace
 
@@ -13,6 +12,7 @@ from decoding.methods.step import RowStep
 from decoding.model import ModelPair
 from decoding.policy import Policy
 from decoding.sequence import Sequence
+from decoding.timing import cost_clock
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +29,7 @@ class GroupStepper:
 
     def __init__(self, pair: ModelPair, policy: Policy | None) -> None:
         self._pair, self._policy = pair, policy
+        self._clock = cost_clock(pair.device)
 
     def accept(self, sequence: Sequence) -> None:
         """Take a new sequence: nothing adapts without a policy."""
@@ -47,12 +48,12 @@ class GroupStepper:
         shape = preset if policy is None else policy.choose(preset, sequences)
         if policy is not None:
             self._take_shape(shape, batch, sequences)
-        started = time.monotonic()
+        started = self._clock()
         step = METHODS_BY_NAME[shape.step_method].step(self._pair, batch)
         rows = [step.unpack(values) for values in to_host(step.packed())]
         if policy is not None:
             accepted = [(row.num_drafted, row.num_accepted) for row in rows]
-            policy.note(preset, shape, sequences, accepted, time.monotonic() - started)
+            policy.note(preset, shape, sequences, accepted, self._clock() - started)
         return GroupStep(shape, rows, step.num_nodes)
 
     def _take_shape(self, shape: Preset, batch: Batch, sequences: Series[Sequence]) -> None:
