@@ -4,12 +4,12 @@
     python -m benchmarks.peers --sections servers --peers serve serve-bfloat16
     python -m benchmarks.peers --sections servers --peers llama.cpp llama.cpp-draft llama.cpp-q4 vllm
 
-`one`: this engine's `target` and `speculative` against transformers' `generate`, without and with
-`assistant_model`, one request at a time. `batch`: against `generate_batch`. `servers`: this server over HTTP
-against `transformers serve`, llama.cpp and vLLM, of which the last two get environments of their own in the
-user's cache at first use. Every text has exactly --max-tokens in the first two sections, at most that over
-HTTP; temperature 0. A peer that cannot run is reported with the reason. The last line of standard output is
-one JSON document.
+`one`: this engine's `target`, `speculative` and `mmtad`, in fixed shapes, against transformers' `generate`,
+without and with `assistant_model`, one request at a time. `batch`: against `generate_batch`. `servers`: this
+server over HTTP against `transformers serve`, llama.cpp and vLLM, of which the last two get environments of
+their own in the user's cache at first use. Every text has exactly --max-tokens in the first two sections, at
+most that over HTTP; temperature 0. A peer that cannot run is reported with the reason. The last line of
+standard output is one JSON document.
 """
 
 import argparse
@@ -62,11 +62,15 @@ def in_one_process(pair: BenchPair, arguments: argparse.Namespace) -> tuple[list
     if "one" in arguments.sections:
         contestants = list(in_process.one_by_one(pair, peers, tokens))
         asked = prompts[: arguments.prompts]
-        found += rows(contestants, take_turns(contestants, asked, arguments.repeats, progress))
+        found += rows(
+            contestants, take_turns(contestants, asked, arguments.repeats, arguments.seconds, progress)
+        )
     if "batch" in arguments.sections:
         contestants = list(in_process.in_batches(pair, peers, arguments.batch, tokens))
         asked = prompts[: arguments.batch]
-        found += rows(contestants, take_turns(contestants, asked, arguments.repeats, progress))
+        found += rows(
+            contestants, take_turns(contestants, asked, arguments.repeats, arguments.seconds, progress)
+        )
     return found, ratios(found, GOALS)
 
 
@@ -79,7 +83,7 @@ def over_network(pair: BenchPair, arguments: argparse.Namespace) -> tuple[list[R
         weights = Weights(*pair.folders, Path(scratch), pair.parameters)
         with over_http.running(arguments.peers, weights, shared, progress) as (entries, missing):
             missing += over_http.take_turns(
-                entries, asked, arguments.concurrency, arguments.repeats, progress
+                entries, asked, arguments.concurrency, arguments.repeats, arguments.seconds, progress
             )
             found = over_http.rows(entries)
     names = {row["name"] for row in found if not row["ours"]}
@@ -114,6 +118,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--requests", type=int, default=8, help="of section servers, per turn")
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=600.0, help="no round of a section begins later")
     parsed = parser.parse_args(arguments)
     if min(parsed.repeats, parsed.prompts, parsed.batch, parsed.requests, *parsed.concurrency) < 1:
         parser.error("--repeats, --prompts, --batch, --requests and --concurrency must be positive")

@@ -134,10 +134,12 @@ def one_by_one(pair: BenchPair, peers: list[Peer], tokens: int) -> Iterator[Cont
                 partial(peer.assisted, depth=given),
                 notes,
             )
-    config = DecodingConfig(
-        method="mmtad", adaptive=True, acceptance_threshold=default_threshold(greedy=True)
-    )
-    yield ours(pair, config, 1, tokens, "mmtad, adaptive", "mmtad")
+    threshold = default_threshold(greedy=True)
+    for depth in DEPTHS:
+        config = DecodingConfig(
+            method="mmtad", num_speculative_tokens=depth, beam_width=2, acceptance_threshold=threshold
+        )
+        yield ours(pair, config, 1, tokens, f"mmtad, depth {depth}, width 2", "mmtad")
 
 
 def in_batches(pair: BenchPair, peers: list[Peer], batch: int, tokens: int) -> Iterator[Contestant]:

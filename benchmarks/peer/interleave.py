@@ -40,9 +40,17 @@ class Turns:
 
 
 def take_turns(
-    contestants: list[Contestant], prompts: Texts, repeats: int, progress: Callable[[str], None]
+    contestants: list[Contestant],
+    prompts: Texts,
+    repeats: int,
+    seconds: float,
+    progress: Callable[[str], None],
 ) -> list[Turns]:
-    """Every contestant once per repeat, after a first round that only warms up."""
+    """Every contestant once per repeat, after a first round that only warms up.
+
+    No round begins after `seconds`, but one is always measured.
+    """
+    deadline = time.monotonic() + seconds
     turns = [Turns() for _ in contestants]
     for contestant in contestants:
         contestant.run(prompts)
@@ -54,6 +62,8 @@ def take_turns(
             each.cpu_seconds.append(time.process_time() - cpu_started)
             each.tokens.append(sum(map(len, each.texts)))
         progress(f"round {repeat + 1}/{repeats} of {len(contestants)} contestants")
+        if time.monotonic() > deadline:
+            break
     return turns
 
 

@@ -124,9 +124,14 @@ def take_turns(
     prompts: list[str],
     concurrencies: list[int],
     repeats: int,
+    seconds: float,
     progress: Callable[[str], None],
 ) -> list[dict[str, Any]]:
-    """Every entry once per repeat and concurrency, after a round to warm up; rows of those that failed."""
+    """Every entry once per repeat and concurrency, after a round to warm up; rows of those that failed.
+
+    No round begins after `seconds`, but one is always measured.
+    """
+    deadline = time.monotonic() + seconds
     failed: list[dict[str, Any]] = []
     for repeat in range(repeats + 1):
         for concurrency in concurrencies:
@@ -140,6 +145,8 @@ def take_turns(
                 if repeat > 0:
                     entry.runs.setdefault(concurrency, []).append(run)
         progress(f"servers: round {repeat}/{repeats}")
+        if repeat > 0 and time.monotonic() > deadline:
+            break
     return failed
 
 

@@ -14,7 +14,7 @@ def test_the_sections_that_run_in_one_process(capsys: pytest.CaptureFixture[str]
     arguments += ["--batch", "2", "--max-tokens", "8", "--repeats", "1"]
     document = peers.run(peers.parse_arguments(arguments), print)
     assert {row["tokens"] for row in document["rows"]} == {8, 16}
-    same = {row["name"]: row["same_tokens"] for row in document["rows"] if row["name"] != "mmtad, adaptive"}
+    same = {row["name"]: row["same_tokens"] for row in document["rows"] if "mmtad" not in row["name"]}
     assert set(same.values()) == {1.0}, same
     assert {ratio["group"] for ratio in document["ratios"]} == {"target", "speculative", "batch"}
     assert all("transformers" in row["version"] for row in document["rows"] if not row["ours"])

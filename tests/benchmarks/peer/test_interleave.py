@@ -19,11 +19,13 @@ def test_every_contestant_takes_its_turn_over_the_same_prompts() -> None:
 
     both = [contestant("a", [1, 2, 3, 4], ours=True), contestant("b", [1, 2, 9, 4], ours=False)]
     said: list[str] = []
-    found = rows(both, take_turns(both, [[7], [8]], 2, said.append))
+    found = rows(both, take_turns(both, [[7], [8]], 2, 60.0, said.append))
     assert asked == [("a", [[7], [8]]), ("b", [[7], [8]])] * 3
     assert [row["same_tokens"] for row in found] == [1.0, 0.5]
     assert all(row["tokens"] == 8 and row["repeats"] == 2 and row["batch"] == 1 for row in found)
     assert len(said) == 2
+    (out_of_time,) = rows(both[:1], take_turns(both[:1], [[7]], 9, 0.0, said.append))
+    assert out_of_time["repeats"] == 1
 
 
 def test_tokens_are_the_same_up_to_the_first_difference() -> None:

@@ -53,7 +53,7 @@ def test_rows_of_servers_and_of_one_that_refuses() -> None:
             Entry("other", fake, process, {"end": "?"}),
             Entry("broken", fake, process, {"refuse": True}),
         ]
-        failed = take_turns(entries, ["a", "b", "c"], [1, 2], 2, lambda _: None)
+        failed = take_turns(entries, ["a", "b", "c"], [1, 2], 2, 60.0, lambda _: None)
         assert process.status() == psutil.STATUS_STOPPED
         found = rows(entries)
         for each in (process, *process.children()):
