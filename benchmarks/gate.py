@@ -64,9 +64,8 @@ def measure(
             pair, passes, batch=batch, context=context, rounds=PASS_ROUNDS, clock=time.process_time
         )
         for index, config in enumerate(configs):
-            asked = prompts[:batch] if number == 0 else prompts
-            _, timing = generate(pair, asked, params, config, batch, policy)
-            if number > 0:  # the first round only warms up
+            _, timing = generate(pair, prompts, params, config, batch, policy)
+            if number > 0:  # the first round warms up, and the policy has seen this pair after it
                 rates[index].append(timing.num_tokens / timing.cpu_seconds)
                 if not config.adaptive:
                     shares[index].append(host_share(config, costs, timing.step_cpu_seconds))
@@ -110,10 +109,10 @@ def failures(rows: list[Row]) -> Iterator[str]:
 
 def run(rounds: int, num_prompts: int, tokens: int) -> dict[str, Any]:
     """Measure, on one thread, and judge; the JSON document."""
-    threads = torch.get_num_threads()
+    bench = load_pair("I", base="T", extra_layers=EXTRA_LAYERS, max_num_seqs=max(CONCURRENCIES))
+    threads = torch.get_num_threads()  # as loading has set it
     torch.set_num_threads(1)
     try:
-        bench = load_pair("I", base="T", extra_layers=EXTRA_LAYERS, max_num_seqs=max(CONCURRENCIES))
         prompts = make_task(bench, None, 2 * num_prompts, 0).prompts
         default, rows = DecodingConfig(), []
         depth, width = default.num_speculative_tokens, default.beam_width

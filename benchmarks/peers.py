@@ -13,8 +13,8 @@ standard output is one JSON document.
 """
 
 import argparse
-import itertools
 import json
+import signal
 import sys
 import tempfile
 from collections.abc import Callable
@@ -28,13 +28,13 @@ from benchmarks.peer.interleave import ratios, rows, take_turns
 from benchmarks.peer.servers import PEERS, Weights
 from benchmarks.table import environment, finite
 from benchmarks.tasks import make_task
-from benchmarks.workloads import load_prompts
+from benchmarks.workloads import chat_ids, load_prompts
 from decoding import DecodingConfig
 
 SECTIONS = ("one", "batch", "servers")
 GOALS = {"target": 1.3, "speculative": 1.2, "batch": 1.0}
 MAX_MODEL_LEN = 512
-SERVE_GOAL = {"concurrency 8": 2.0}
+SERVE_GOAL = {("transformers serve", 8): 2.0}  # by peer and concurrency
 COLUMNS = {
     "name": "<36",
     "dtype": "<15",
@@ -76,8 +76,9 @@ def in_one_process(pair: BenchPair, arguments: argparse.Namespace) -> tuple[list
 
 def over_network(pair: BenchPair, arguments: argparse.Namespace) -> tuple[list[Row], list[Row], list[Row]]:
     """Rows of section `servers`, ratios to each peer, and what could not run."""
-    prompts = [each.prompt for each in load_prompts(arguments.workload or "chat")]
-    asked = list(itertools.islice(prompts, arguments.requests))
+    # As the model's template writes them, or it would end most of its answers at once.
+    prompts = load_prompts(arguments.workload or "chat", arguments.requests)
+    asked = [str(pair.tokenizer.decode(chat_ids(pair.tokenizer, each.prompt))) for each in prompts]
     shared = {"max_tokens": arguments.max_tokens, "temperature": 0}
     with tempfile.TemporaryDirectory() as scratch:
         weights = Weights(*pair.folders, Path(scratch), pair.parameters)
@@ -92,7 +93,7 @@ def over_network(pair: BenchPair, arguments: argparse.Namespace) -> tuple[list[R
         for name in sorted(names)
         for ratio in ratios(
             [row for row in found if row["ours"] or row["name"] == name],
-            SERVE_GOAL if name == "transformers serve" else {},
+            {row["group"]: SERVE_GOAL.get((name, row["batch"])) for row in found},
         )
     ]
     return found, compared, missing
@@ -165,11 +166,11 @@ def show_all(document: Row, show: Callable[[str], None]) -> None:
     for row in document["rows"]:
         show("  ".join(cell(row.get(name), spec) for name, spec in COLUMNS.items()))
     for ratio in document["ratios"]:
-        verdict = "met" if ratio["met"] else "MISSED"
-        show(
-            f"{ratio['group']}: {ratio['ours']} / {ratio['theirs']} = {ratio['ratio']:.2f} "
-            f"(by CPU time {ratio['cpu_ratio']:.2f}), goal {ratio['goal']}: {verdict}"
-        )
+        line = f"{ratio['group']}: {ratio['ours']} / {ratio['theirs']} = {ratio['ratio']:.2f}"
+        line += f" (by CPU time {ratio['cpu_ratio']:.2f})"
+        if ratio["goal"] is not None:
+            line += f", goal {ratio['goal']}: {'met' if ratio['met'] else 'MISSED'}"
+        show(line)
     for row in document["missing"]:
         show(f"{row['name']} could not be measured: {row['reason']}")
 
@@ -180,6 +181,7 @@ def cell(value: Any, spec: str) -> str:
 
 
 def main() -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("benchmarks.peers: ended from outside"))
     try:
         document = run(parse_arguments(), lambda text: print(text, flush=True))
     except ValueError as error:

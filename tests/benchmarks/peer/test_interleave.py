@@ -47,7 +47,9 @@ def row(name: str, speed: float, cpu: float, *, ours: bool) -> dict[str, Any]:
 def test_the_best_of_each_side_is_compared() -> None:
     found = [row("slow", 10, 90, ours=True), row("fast", 30, 30, ours=True), row("plain", 12, 80, ours=False)]
     found.append(row("tuned", 20, 45, ours=False))
-    (ratio,) = ratios(found, {"target": 1.3, "absent": 1.0})
+    found.append({**row("halved", 60, 15, ours=False), "dtype": "bfloat16"})
+    ratio, halved = ratios(found, {"target": 1.3, "absent": 1.0})
     assert (ratio["ours"], ratio["theirs"], ratio["met"]) == ("fast", "tuned, float32", True)
     assert (ratio["ratio"], ratio["cpu_ratio"]) == (pytest.approx(1.5), pytest.approx(1.5))
+    assert (halved["theirs"], halved["ratio"], halved["met"]) == ("halved, bfloat16", 0.5, False)
     assert not ratios(found, {"target": 1.6})[0]["met"]
