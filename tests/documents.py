@@ -9,8 +9,10 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 OWN_SCRIPTS = ("install",)  # tests change nothing in the environment they run in
 ADDRESS = "127.0.0.1:8000"
-# What only a machine with a container engine, or a clone with a remote, can do.
-ELSEWHERE = re.compile(r"^(\w+=\S+ )*(docker|kubectl|git) ")
+# What only a machine with a container engine, several machines, or a clone with a remote, can do.
+ELSEWHERE = re.compile(
+    r"^(\w+=\S+ )*(docker|kubectl|git|\.venv/bin/ray) |^\./scripts/serve --worker-backend ray "
+)
 
 
 def blocks(document: str, language: str = "console") -> list[str]:
