@@ -14,6 +14,7 @@ import httpx
 import psutil
 
 START_SECONDS = 300.0
+STOP_SECONDS = 30.0
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -53,7 +54,11 @@ def started(
             yield psutil.Process(process.pid)
         finally:
             process.terminate()
-            process.wait(60)
+            try:
+                process.wait(STOP_SECONDS)
+            except subprocess.TimeoutExpired:  # whatever it still waits for, what was measured is not lost
+                process.kill()
+                process.wait()
 
 
 def free_port() -> int:

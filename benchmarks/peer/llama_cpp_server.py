@@ -4,6 +4,7 @@ Run by the interpreter of that environment: nothing of this project is imported 
 """
 
 import argparse
+import os
 import signal
 import threading
 
@@ -37,6 +38,7 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: ended.set())
     ended.wait()
+    os._exit(0)  # the server's own end waits for connections that clients keep
 
 
 if __name__ == "__main__":
