@@ -8,7 +8,7 @@ from typing import Any
 
 import openai
 import pytest
-from openai.types import Model
+from openai.types import CompletionUsage, Model
 
 from tests.contract.conftest import KEY
 from tests.contract.typed import parse
@@ -26,6 +26,12 @@ MESSAGES: Any = [{"role": "user", "content": "Hello"}]
 def client(server: RunningServer) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as opened:
         yield opened
+
+
+def counts(usage: CompletionUsage | None) -> tuple[int, int, int]:
+    """All but the details: what was found in a cache depends on what came before."""
+    assert usage is not None
+    return usage.prompt_tokens, usage.completion_tokens, usage.total_tokens
 
 
 def test_models(client: openai.OpenAI) -> None:
@@ -59,7 +65,7 @@ def test_completions(client: openai.OpenAI) -> None:
         for choice in chunk.choices:
             text[choice.index] += choice.text
     assert text == [choice.text for choice in whole.choices]
-    assert chunk.usage == whole.usage
+    assert counts(chunk.usage) == counts(whole.usage)
     assert chunk.system_fingerprint == whole.system_fingerprint
 
 
@@ -88,7 +94,7 @@ def test_chat(client: openai.OpenAI) -> None:
     chunks = list(stream)
     assert {chunk.object for chunk in chunks} == {"chat.completion.chunk"}
     assert "".join(c.delta.content or "" for chunk in chunks for c in chunk.choices) == choice.message.content
-    assert chunks[-1].usage == whole.usage
+    assert counts(chunks[-1].usage) == counts(whole.usage)
 
 
 def test_raw_responses_have_the_id(client: openai.OpenAI) -> None:
