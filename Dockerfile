@@ -30,8 +30,9 @@ RUN groupadd --gid 10001 mmtad \
 WORKDIR /app
 COPY --from=build /app/.venv .venv
 COPY --from=build /home/mmtad /home/mmtad
-# All that the server writes: models from the hub, and tokenizers as its API process reads them.
-RUN install --directory --owner=10001 --group=10001 /models /home/mmtad/.cache/mmtad/tokenizers
+# All that the server writes: models from the hub, tokenizers as its API process reads them, measured costs.
+RUN install --directory --owner=10001 --group=10001 /models /home/mmtad/.cache/mmtad/tokenizers \
+    /home/mmtad/.cache/mmtad/costs
 COPY --from=build /app/models models
 COPY --from=build /app/decoding decoding
 COPY --from=build /app/server server
