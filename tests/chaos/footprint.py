@@ -27,6 +27,12 @@ class Footprint:
         return cls(memory, len(list((process / "fd").iterdir())), int(status["Threads:"]))
 
 
+def num_connections(server: ChaosServer) -> int:
+    """Those that the server holds: established, or left by the other end and not yet closed."""
+    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    return sum(row[1].endswith(f":{server.port:04X}") and row[3] in ("01", "08") for row in rows)
+
+
 Footprints = dict[str, Footprint]
 
 

@@ -7,7 +7,6 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -16,6 +15,7 @@ import pytest
 from benchmarks.loop_lag import quantile
 from server.limits import HttpLimits
 from tests.chaos.conftest import ChaosServer, StartChaos
+from tests.chaos.footprint import num_connections
 from tests.chaos.slow_proxy import SlowProxy
 from tests.e2e.conftest import until
 
@@ -52,12 +52,6 @@ async def drip(client: httpx.AsyncClient) -> float:
     response = await client.post("/v1/completions", json=SHORT)
     assert (response.status_code, response.json()["error"]["code"]) == (408, "request_timeout")
     return time.monotonic() - started
-
-
-def num_connections(server: ChaosServer) -> int:
-    """Those that the server holds: established, or left by the other end and not yet closed."""
-    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
-    return sum(row[1].endswith(f":{server.port:04X}") and row[3] in ("01", "08") for row in rows)
 
 
 @contextlib.asynccontextmanager

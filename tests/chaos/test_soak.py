@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.loop_lag import Buckets, buckets_between, lag_buckets, percentile
 from tests.chaos.conftest import ChaosServer, StartChaos
-from tests.chaos.footprint import Footprints, footprints, growth_mib, leaks
+from tests.chaos.footprint import Footprints, footprints, growth_mib, leaks, num_connections
 from tests.e2e.conftest import until
 from tests.e2e.events import events_of
 from tests.e2e.random_requests import draw
@@ -23,28 +23,34 @@ LAG_CEILING_SECONDS = 0.25  # of the bucket that holds ten times the goal
 NUM_PARTS = 5  # looks at the processes at rest: after the first fifth they are warm
 
 
+def client_of(server: ChaosServer) -> httpx.AsyncClient:
+    limits = httpx.Limits(max_connections=None)
+    return httpx.AsyncClient(base_url=server.url, timeout=120, limits=limits)
+
+
 class Soak:
     """Sends numbered requests and checks the end of each."""
 
-    def __init__(self, server: ChaosServer, client: httpx.AsyncClient) -> None:
+    def __init__(self, server: ChaosServer) -> None:
         self.ends: collections.Counter[str] = collections.Counter()
         self.num_sent = 0
         self._server = server
-        self._client = client
         self._gate = asyncio.Semaphore(AT_ONCE)
 
     async def send(self, count: int) -> Footprints:
-        """The next `count` requests, then what the processes hold when all have ended."""
+        """The next `count` requests, then what the processes hold when all have ended and left."""
         first, self.num_sent = self.num_sent, self.num_sent + count
-        await asyncio.gather(*(self._request(number) for number in range(first, self.num_sent)))
+        async with client_of(self._server) as client:
+            await asyncio.gather(*(self._request(client, number) for number in range(first, self.num_sent)))
         await asyncio.to_thread(until, lambda: self._server.metric("mmtad_requests_running") == 0)
+        await asyncio.to_thread(until, lambda: num_connections(self._server) == 0)
         assert self._server.metric("mmtad_requests_waiting") == 0
         return footprints(self._server)
 
-    async def _request(self, number: int) -> None:
+    async def _request(self, client: httpx.AsyncClient, number: int) -> None:
         rng = random.Random(number)
         body = draw(rng, number) | {"stream": rng.random() < 0.5}
-        work = self._stream(body) if body["stream"] else self._whole(body)
+        work = self._stream(client, body) if body["stream"] else self._whole(client, body)
         async with self._gate:
             if rng.random() >= SHARE_ABORTED:
                 await work
@@ -57,15 +63,15 @@ class Soak:
             else:
                 self.ends["completed before it was given up"] += 1
 
-    async def _whole(self, body: dict[str, Any]) -> None:
-        response = await self._client.post("/v1/completions", json=body)
+    async def _whole(self, client: httpx.AsyncClient, body: dict[str, Any]) -> None:
+        response = await client.post("/v1/completions", json=body)
         assert response.status_code == 200, (body, response.text)
         ends = [choice["finish_reason"] for choice in response.json()["choices"]]
         assert set(ends) <= {"stop", "length"}, (body, ends)
 
-    async def _stream(self, body: dict[str, Any]) -> None:
+    async def _stream(self, client: httpx.AsyncClient, body: dict[str, Any]) -> None:
         ends: dict[int, str] = {}
-        async with self._client.stream("POST", "/v1/completions", json=body) as response:
+        async with client.stream("POST", "/v1/completions", json=body) as response:
             assert response.status_code == 200, body
             events = events_of((await response.aread()).decode())
         seen = set()
@@ -89,11 +95,11 @@ def check_log(server: ChaosServer, num_sent: int) -> None:
 
 
 async def soak(server: ChaosServer, num_requests: int) -> tuple[list[Footprints], Soak, Buckets]:
-    limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(base_url=server.url, timeout=120, limits=limits) as client:
-        run = Soak(server, client)
+    run = Soak(server)
+    async with client_of(server) as client:
         before = await lag_buckets(client)
-        at_rest = [await run.send(num_requests // NUM_PARTS) for _ in range(NUM_PARTS)]
+    at_rest = [await run.send(num_requests // NUM_PARTS) for _ in range(NUM_PARTS)]
+    async with client_of(server) as client:
         return at_rest, run, buckets_between(before, await lag_buckets(client))
 
 
