@@ -20,10 +20,10 @@ import structlog
 from ray.exceptions import ActorDiedError, RayError
 
 from server.config import ServerConfig
-from server.messages import Command, Event, FatalEvent, LoadCommand, ReadyEvent, StopCommand, encode_frame
+from server.messages import Command, Event, FatalEvent, LoadCommand, ReadyEvent, encode_frame
 from server.ray_actor import WorkerActor
 from server.supervisor import WORKER_COMMAND
-from server.transport import STOP_GRACE_SECONDS, WorkerTransport
+from server.transport import WorkerTransport
 
 CONNECT_SECONDS = 5.0
 PLACING_SECONDS = 1.0  # between two attempts to reach an actor that has no node yet
@@ -124,21 +124,12 @@ class RayWorker(WorkerTransport):
         self._fetching: asyncio.Task[None] | None = None
 
     def send(self, command: Command) -> None:
-        """Queue a command; a worker that is gone drops it, its death is told by `on_lost`."""
         if self._outgoing is not None:
             self._outgoing.append(encode_frame(command))
             self._has_outgoing.set()
 
     async def stop(self) -> None:
-        """End the worker: by asking while it is ready, by force while it loads or when it is stuck."""
-        self._stopping = True
-        if self._task is not None and self._ready:
-            self.send(StopCommand())
-            await asyncio.wait({self._task}, timeout=STOP_GRACE_SECONDS)
-        self.kill()
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+        await super().stop()
         self._cluster.close()
 
     def replace(self) -> None:
@@ -161,10 +152,7 @@ class RayWorker(WorkerTransport):
         self._outgoing = []
         writing = asyncio.create_task(self._write())
         try:
-            self.send(self._load)
-            await self._read_events(self._read)
-            if not self._stopping and not self._fatal:
-                self._on_lost()
+            await self._converse(self._read)
         finally:
             self._ready, self._outgoing = False, None
             await _cancel(writing, self._fetching)

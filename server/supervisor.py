@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 import structlog
 
 from server.config import WORKER_LINK_FLAG, ServerConfig, worker_environment
-from server.messages import Command, Event, LoadCommand, StopCommand, encode_frame
+from server.messages import Command, Event, LoadCommand, encode_frame
 from server.pending import Worker
 from server.transport import STOP_GRACE_SECONDS, WorkerTransport
 
@@ -88,22 +88,8 @@ class WorkerProcess(WorkerTransport):
         return self._process.pid if self._process else None
 
     def send(self, command: Command) -> None:
-        """Queue a command; a worker that is gone drops it, its death is told by `on_lost`."""
         if self._writer is not None and not self._writer.is_closing():
             self._writer.write(encode_frame(command))
-
-    async def stop(self) -> None:
-        """End the worker: by asking while it is ready, by force while it loads or when it is stuck."""
-        self._stopping = True
-        process = self._process
-        if process is not None and self._ready:
-            self.send(StopCommand())
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                await asyncio.to_thread(process.wait, STOP_GRACE_SECONDS)
-        self.kill()
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
 
     def replace(self) -> None:
         """End the process now, as a death: its successor is started."""
@@ -125,10 +111,7 @@ class WorkerProcess(WorkerTransport):
             self._process = spawn_worker(self._command_line, theirs, environment)
         reader, self._writer = await asyncio.open_connection(sock=ours)
         try:
-            self.send(self._load)
-            await self._read_events(functools.partial(reader.read, READ_BYTES))
-            if not self._stopping and not self._fatal:
-                self._on_lost()
+            await self._converse(functools.partial(reader.read, READ_BYTES))
             grace = STOP_GRACE_SECONDS if self._stopping else EXIT_GRACE_SECONDS
             with contextlib.suppress(subprocess.TimeoutExpired):
                 await asyncio.to_thread(self._process.wait, grace)

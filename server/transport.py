@@ -10,11 +10,13 @@ import structlog
 from server.messages import (
     HEADER_BYTES,
     BadFrameError,
+    Command,
     Event,
     FatalEvent,
     FrameDecoder,
     LoadCommand,
     ReadyEvent,
+    StopCommand,
     frame_length,
 )
 from server.turns import Turn
@@ -69,9 +71,35 @@ class WorkerTransport(ABC):
     def start(self) -> None:
         self._task = asyncio.get_running_loop().create_task(self._run())
 
+    async def stop(self) -> None:
+        """End the worker: by asking while it is ready, by force while it loads or when it is stuck."""
+        self._stopping = True
+        if self._task is not None and self._ready:
+            self.send(StopCommand())
+            await asyncio.wait({self._task}, timeout=STOP_GRACE_SECONDS)
+        self.kill()
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    @abstractmethod
+    def send(self, command: Command) -> None:
+        """Queue a command; a worker that is gone drops it, its death is told by `on_lost`."""
+
+    @abstractmethod
+    def kill(self) -> None:
+        """End the worker now, and start no other."""
+
     @abstractmethod
     async def _live(self) -> None:
         """One worker from its start to its death, of which it tells."""
+
+    async def _converse(self, read: Callable[[], Awaitable[bytes]]) -> None:
+        """With a worker that has just started: have it load, hear it to its end, tell a death."""
+        self.send(self._load)
+        await self._read_events(read)
+        if not self._stopping and not self._fatal:
+            self._on_lost()
 
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()
