@@ -23,6 +23,7 @@ import torch
 from benchmarks.generation import generate
 from benchmarks.load.processes import commit
 from benchmarks.pairs import load_pair
+from benchmarks.speed import spread
 from benchmarks.tasks import make_task
 from decoding import DecodingConfig, ModelPair, Policy, SamplingParams, default_threshold, load_costs
 
@@ -53,13 +54,12 @@ class Figures:
     presets: Counter[str] = field(default_factory=Counter)
 
     def row(self, batch: int) -> Row:
-        rate = statistics.median(self.rates)
         return {
             "batch": batch,
             "method": self.config.method,
             "preset": "adaptive" if self.config.adaptive else self.config.preset.name,
-            "tokens_per_s": rate,
-            "spread": (max(self.rates) - min(self.rates)) / rate,
+            "tokens_per_s": statistics.median(self.rates),
+            "spread": spread(self.rates),
             "cpu_ms_per_token": 1e3 * statistics.median(self.cpu),
             "log_prob": statistics.mean(self.log_probs),
             "shapes": dict(self.presets.most_common()) if self.config.adaptive else {},

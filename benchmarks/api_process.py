@@ -17,7 +17,6 @@ import functools
 import json
 import os
 import selectors
-import signal
 import socket
 import subprocess
 import sys
@@ -28,7 +27,8 @@ from typing import Any
 import httpx
 import psutil
 
-from benchmarks.loop_lag import lag_buckets, percentile
+from benchmarks.load.processes import free_port, started
+from benchmarks.loop_lag import Buckets, buckets_between, lag_buckets, percentile
 from server import __main__ as entry
 from server.supervisor import WorkerProcess
 
@@ -95,23 +95,17 @@ class Clients:
 
 
 @contextlib.contextmanager
-def serving(arguments: argparse.Namespace, rows: int) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+def serving(arguments: argparse.Namespace, rows: int) -> Iterator[tuple[psutil.Process, int]]:
     """The API process with its paced workers, and its port, once all of them are ready."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = int(listener.getsockname()[1])
+    port = free_port()
     api_core, load_core = arguments.cores
     pace = [str(arguments.step_seconds), str(arguments.tokens), str(load_core)]
     flags = ["--port", str(port), "--served-model-name", "paced", "--num-workers", str(arguments.workers)]
     command = [sys.executable, "-m", "benchmarks.api_process", "--serve", str(api_core), *pace]
-    with subprocess.Popen(  # noqa: S603 - our own
-        [*command, *flags, "--max-num-seqs", str(rows), "--energy-source", "none"], stdout=subprocess.DEVNULL
-    ) as process:
-        try:
-            asyncio.run(_ready(port, arguments.workers))
-            yield process, port
-        finally:
-            process.send_signal(signal.SIGTERM)
-            process.wait(60)
+    command += [*flags, "--max-num-seqs", str(rows), "--energy-source", "none"]
+    with started(command, f"http://127.0.0.1:{port}", seconds=START_SECONDS) as process:
+        asyncio.run(_ready(port, arguments.workers))
+        yield process, port
 
 
 async def _ready(port: int, num_workers: int) -> None:
@@ -127,7 +121,7 @@ async def _ready(port: int, num_workers: int) -> None:
     raise TimeoutError("the API process did not become ready")
 
 
-async def _lag(port: int) -> dict[float, float]:
+async def _lag(port: int) -> Buckets:
     async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
         return await lag_buckets(client)
 
@@ -136,17 +130,17 @@ def measure(arguments: argparse.Namespace, num_streams: int) -> dict[str, Any]:
     rows = -(-num_streams // arguments.workers)
     steps = round(arguments.seconds / arguments.step_seconds)
     max_tokens = steps * arguments.tokens
-    with serving(arguments, rows) as (process, port):
-        before: dict[float, float] = {}
-        after: dict[float, float] = {}
-        api, clients = psutil.Process(process.pid), Clients(port, num_streams, max_tokens)
+    with serving(arguments, rows) as (api, port):
+        before: Buckets = {}
+        after: Buckets = {}
+        clients = Clients(port, num_streams, max_tokens)
         cpu = sum(api.cpu_times()[:2])
-        with _profiled(arguments, process.pid):
+        with _profiled(arguments, api.pid):
             seconds = clients.run(
                 lambda: before.update(asyncio.run(_lag(port))), lambda: after.update(asyncio.run(_lag(port)))
             )
             cpu = sum(api.cpu_times()[:2]) - cpu
-    during = {bound: count - before[bound] for bound, count in after.items()}
+    during = buckets_between(before, after)
     return {
         "streams": num_streams,
         "offered_tokens_per_second": round(num_streams * arguments.tokens / arguments.step_seconds),

@@ -25,6 +25,7 @@ from benchmarks.cost import Pass, draft_passes, last_pass, time_passes
 from benchmarks.generation import generate
 from benchmarks.load.processes import commit
 from benchmarks.pairs import BenchPair, load_pair
+from benchmarks.speed import spread
 from benchmarks.table import describe
 from benchmarks.tasks import make_task
 from decoding import DecodingConfig, ModelPair, Policy, SamplingParams, default_threshold, load_costs
@@ -76,7 +77,7 @@ def measure(
             **(ADAPTIVE if config.adaptive else describe(config)),
             "concurrency": batch,
             "tokens_per_cpu_s": statistics.median(rate),
-            "spread": (max(rate) - min(rate)) / statistics.median(rate),
+            "spread": spread(rate),
             "host_share": statistics.median(share) if share else None,
             "repeats": rounds,
         }

@@ -58,19 +58,16 @@ def in_one_process(pair: BenchPair, arguments: argparse.Namespace) -> tuple[list
     tokens = arguments.max_tokens
     peers = [in_process.Peer.load(pair.folders, dtype, tokens) for dtype in arguments.dtypes]
     prompts = make_task(pair, arguments.workload, max(arguments.prompts, arguments.batch), 0).prompts
+    sections = {
+        "one": (in_process.one_by_one(pair, peers, tokens), arguments.prompts),
+        "batch": (in_process.in_batches(pair, peers, arguments.batch, tokens), arguments.batch),
+    }
     found: list[Row] = []
-    if "one" in arguments.sections:
-        contestants = list(in_process.one_by_one(pair, peers, tokens))
-        asked = prompts[: arguments.prompts]
-        found += rows(
-            contestants, take_turns(contestants, asked, arguments.repeats, arguments.seconds, progress)
-        )
-    if "batch" in arguments.sections:
-        contestants = list(in_process.in_batches(pair, peers, arguments.batch, tokens))
-        asked = prompts[: arguments.batch]
-        found += rows(
-            contestants, take_turns(contestants, asked, arguments.repeats, arguments.seconds, progress)
-        )
+    for section, (contestants, count) in sections.items():
+        if section in arguments.sections:
+            taking = list(contestants)
+            turns = take_turns(taking, prompts[:count], arguments.repeats, arguments.seconds, progress)
+            found += rows(taking, turns)
     return found, ratios(found, GOALS)
 
 

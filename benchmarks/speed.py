@@ -44,11 +44,15 @@ def measure_speed(
     return [_speed(*each) for each in zip(rates, steps, cpu, strict=True)]
 
 
+def spread(values: list[float]) -> float:
+    """The range of the values over their median."""
+    return (max(values) - min(values)) / statistics.median(values)
+
+
 def _speed(rates: list[float], steps: list[float], cpu: list[float]) -> Speed:
-    median = statistics.median(rates)
     return Speed(
-        tokens_per_s=median,
-        spread=(max(rates) - min(rates)) / median,
+        tokens_per_s=statistics.median(rates),
+        spread=spread(rates),
         step_seconds=statistics.median(steps),
         cpu_seconds_per_token=statistics.median(cpu),
         repeats=len(rates),

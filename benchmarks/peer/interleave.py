@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from benchmarks.speed import spread
+
 Texts = list[list[int]]
 
 
@@ -84,7 +86,7 @@ def rows(contestants: list[Contestant], turns: list[Turns]) -> list[dict[str, An
                 "version": contestant.version,
                 "dtype": contestant.dtype,
                 "tokens_per_s": statistics.median(rates),
-                "spread": (max(rates) - min(rates)) / statistics.median(rates),
+                "spread": spread(rates),
                 "cpu_ms_per_token": 1e3 / statistics.median(cpu_rates),
                 "tokens": each.tokens[-1],
                 "same_tokens": same_tokens(reference, each.texts),

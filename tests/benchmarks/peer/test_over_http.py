@@ -41,7 +41,7 @@ ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
 
 def server(port: int) -> Server:
     command = [sys.executable, "-c", FAKE, str(port)]
-    return Server(True, "1.0", "float32", command, f"http://127.0.0.1:{port}", "m", {})
+    return Server(True, "1.0", "float32", command, port, "m", {})
 
 
 def test_rows_of_servers_and_of_one_that_refuses() -> None:
