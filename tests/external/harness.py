@@ -6,7 +6,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import venv
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -17,25 +16,7 @@ from tests.e2e.conftest import ROOT, clean_environment, free_port
 TARGET, DRAFT = ROOT / "models" / "tiny-sql", ROOT / "models" / "tiny-sql-draft"
 MODEL = "tiny-sql"
 INSIDE = Path(__file__).parent / "inside"
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mmtad-external"
 START_SECONDS = 180.0
-
-
-def environment(name: str, *requirements: str) -> Path:
-    """The folder of programs of a virtual environment with these packages; made once, then kept.
-
-    Each requirement is installed by a step of its own, in this order.
-    """
-    folder = CACHE / name
-    installed = folder / "installed.txt"
-    wanted = "\n".join(requirements)
-    if not installed.exists() or installed.read_text() != wanted:
-        venv.create(folder, with_pip=True)
-        for requirement in requirements:
-            command = [folder / "bin" / "python", "-m", "pip", "install", "--quiet", requirement]
-            subprocess.run(command, check=True)
-        installed.write_text(wanted)
-    return folder / "bin"
 
 
 @contextlib.contextmanager

@@ -13,7 +13,8 @@ from typing import Any
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.external.harness import MODEL, TARGET, environment, run, serving
+from benchmarks.peer.environments import environment
+from tests.external.harness import MODEL, TARGET, run, serving
 
 NUM_REQUESTS = 120
 NUM_TOKENS = 64

@@ -5,7 +5,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from tests.external.harness import MODEL, TARGET, environment, run, serving
+from benchmarks.peer.environments import environment
+from tests.external.harness import MODEL, TARGET, run, serving
 
 NUM_REQUESTS = 20
 

@@ -1,6 +1,7 @@
 """LiteLLM by two of its providers: text, streams, own fields, errors as its exceptions."""
 
-from tests.external.harness import INSIDE, MODEL, environment, run, serving
+from benchmarks.peer.environments import environment
+from tests.external.harness import INSIDE, MODEL, run, serving
 
 
 def main() -> None:

@@ -2,7 +2,8 @@
 
 import tempfile
 
-from tests.external.harness import INSIDE, MODEL, TARGET, environment, run, serving
+from benchmarks.peer.environments import environment
+from tests.external.harness import INSIDE, MODEL, TARGET, run, serving
 
 
 def main() -> None:
