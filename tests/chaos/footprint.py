@@ -1,8 +1,9 @@
 """What a process holds at rest, and whether a series of such looks shows a leak."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Self
+
+import psutil
 
 from tests.chaos.conftest import ChaosServer
 
@@ -20,17 +21,15 @@ class Footprint:
 
     @classmethod
     def of(cls, pid: int) -> Self:
-        process = Path(f"/proc/{pid}")
-        lines = (line.split() for line in (process / "status").read_text().splitlines())
-        status = {words[0]: words[1] for words in lines if len(words) > 1}
-        memory = int(status["VmRSS:"]) * 1024 / MEBIBYTE
-        return cls(memory, len(list((process / "fd").iterdir())), int(status["Threads:"]))
+        process = psutil.Process(pid)
+        return cls(process.memory_info().rss / MEBIBYTE, process.num_fds(), process.num_threads())
 
 
 def num_connections(server: ChaosServer) -> int:
     """Those that the server holds: established, or left by the other end and not yet closed."""
-    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
-    return sum(row[1].endswith(f":{server.port:04X}") and row[3] in ("01", "08") for row in rows)
+    connections = psutil.Process(server.process.pid).net_connections(kind="tcp")
+    held = (psutil.CONN_ESTABLISHED, psutil.CONN_CLOSE_WAIT)
+    return sum(each.laddr.port == server.port and each.status in held for each in connections)
 
 
 Footprints = dict[str, Footprint]

@@ -10,6 +10,7 @@ import yaml
 from kubernetes_validate import SchemaNotFoundError, latest_version, validate
 
 from server.config import ServerConfig, load_config
+from tests.deploy.confinement import check_pod, check_service
 
 FOLDER = Path(__file__).parent.parent.parent / "deploy/ray"
 COMPOSE: dict[str, Any] = yaml.safe_load((FOLDER / "docker-compose.yml").read_text(encoding="utf-8"))
@@ -31,12 +32,8 @@ def shell_lines() -> list[str]:
 @pytest.mark.parametrize("name", SERVICES)
 def test_every_service_is_confined(name: str) -> None:
     service = SERVICES[name]
-    assert service["read_only"] is True
-    assert service["cap_drop"] == ["ALL"]
-    assert service["security_opt"] == ["no-new-privileges:true"]
-    assert {"memory", "pids"} <= service["deploy"]["resources"]["limits"].keys()
+    check_service(service)
     assert service["build"]["args"]["INSTALL"] == "--ray"
-    assert all(re.match(r"127\.0\.0\.1:", port) for port in service.get("ports", []))
 
 
 def test_nobody_outside_reaches_the_cluster() -> None:
@@ -55,16 +52,7 @@ def test_the_manifest_of_an_operator_is_not_checked_but_its_pods_are() -> None:
 
 @pytest.mark.parametrize("pod", PODS, ids=["head", "node"])
 def test_pods_are_confined(pod: dict[str, Any]) -> None:
-    spec = pod["spec"]
-    (container,) = spec["containers"]
-    assert spec["securityContext"]["runAsNonRoot"] is True
-    assert spec["automountServiceAccountToken"] is False
-    own = container["securityContext"]
-    assert own["readOnlyRootFilesystem"] is True
-    assert own["allowPrivilegeEscalation"] is False
-    assert own["capabilities"] == {"drop": ["ALL"]}
-    mounts = {mount["name"] for mount in container["volumeMounts"]}
-    assert mounts == {volume["name"] for volume in spec["volumes"]}
+    check_pod(pod["spec"])
 
 
 def test_what_runs_may_end() -> None:
