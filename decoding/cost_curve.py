@@ -55,6 +55,11 @@ class CostCurve:
         return points[-1][1] + more * size / smaller
 
 
+def up_to(numbers: Series[int], most: int) -> list[int]:
+    """Those of rising `numbers` below `most`, and `most` itself."""
+    return [*(number for number in numbers if number < most), most]
+
+
 def _line(points: Series[tuple[int, float]], place: int) -> float:
     """The value at `place` on the line through the points next to it; it never falls beyond the last."""
     if len(points) == 1:

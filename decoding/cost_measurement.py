@@ -17,7 +17,7 @@ import transformers
 from torch import Tensor
 
 from decoding.beam import CANDIDATES_PER_BEAM
-from decoding.cost_curve import CATCH_UP, CATCH_UP_TOKENS, DRAFT, GAP, KINDS, TARGET, CostCurve
+from decoding.cost_curve import CATCH_UP, CATCH_UP_TOKENS, DRAFT, GAP, KINDS, TARGET, CostCurve, up_to
 from decoding.draft_gap import GAP_TOKENS
 from decoding.model import ModelPair
 from decoding.timing import cost_clock
@@ -55,16 +55,14 @@ def load_costs(
 
 def _passes(max_rows: int, nodes: int, width: int) -> Iterator[Pass]:
     """Smallest batches first; of every size the plain pass, which all others are compared with, first."""
-    sizes = [4**power for power in range(8) if 4**power < max_rows] + [max_rows]
+    sizes = up_to([4**power for power in range(8)], max_rows)
     for rows in sizes:
-        yield from ((TARGET, rows, tokens) for tokens in _up_to(VERIFIED, nodes, MOST_TOKENS // rows))
-        yield from ((DRAFT, rows, tokens) for tokens in _up_to(WIDTHS, width, MOST_TOKENS // rows))
+        for kind, numbers, most in ((TARGET, VERIFIED, nodes), (DRAFT, WIDTHS, width)):
+            yield from (
+                (kind, rows, tokens) for tokens in up_to(numbers, most) if tokens * rows <= MOST_TOKENS
+            )
         yield CATCH_UP, rows, CATCH_UP_TOKENS
         yield GAP, rows, GAP_TOKENS
-
-
-def _up_to(numbers: tuple[int, ...], most: int, bound: int) -> list[int]:
-    return [each for each in [number for number in numbers if number < most] + [most] if each <= bound]
 
 
 @torch.inference_mode()

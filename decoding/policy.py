@@ -9,7 +9,7 @@ from collections.abc import Sequence as Series
 from dataclasses import dataclass, field, replace
 
 from decoding.config import Preset
-from decoding.cost_curve import CostCurve, CostDrift
+from decoding.cost_curve import CostCurve, CostDrift, up_to
 from decoding.sequence import Sequence
 from decoding.survival import PairSurvival, SequenceSurvival
 
@@ -28,21 +28,17 @@ WIDTHS = (2, 3, 4)
 def candidates(group: Preset) -> list[Preset]:
     """The shapes that an adaptive group may take, off first: chains and trees within its depth and width."""
     off = replace(group, depth=0, width=0, adaptive=False)
-    depths = _up_to(DEPTHS, group.depth)
+    depths = up_to(DEPTHS, group.depth)
     shapes = [off, *(replace(off, depth=depth, width=1) for depth in depths)]
     if group.method == "speculative":
         return shapes
-    for width in _up_to(WIDTHS, group.width):
+    for width in up_to(WIDTHS, group.width):
         trees = [replace(off, depth=depth, width=width) for depth in depths]
         shapes += [tree for tree in trees if _is_tried(group, tree)]
         if group.method == "mmtad" and width == group.width > 2:
             # Half of a tree of width 4 holds most of what is accepted, at half the price of verifying it.
             shapes += [replace(tree, budget=2 * tree.depth) for tree in trees if tree.depth > 1]
     return shapes
-
-
-def _up_to(numbers: Series[int], most: int) -> list[int]:
-    return [*(number for number in numbers if number < most), most]
 
 
 def _is_tried(group: Preset, tree: Preset) -> bool:
