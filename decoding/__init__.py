@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from decoding.embedded import prepare_embedded_pair
     from decoding.engine import Engine
     from decoding.loading import load_model_pair
-    from decoding.model import ModelPair
+    from decoding.model_pair import ModelPair
     from decoding.policy import Policy
     from decoding.statistics import ForwardTime, Retreat, StepStats
 
@@ -37,7 +37,7 @@ _LAZY = {
     "ForwardTime": "decoding.statistics",
     "Retreat": "decoding.statistics",
     "StepStats": "decoding.statistics",
-    "ModelPair": "decoding.model",
+    "ModelPair": "decoding.model_pair",
     "load_model_pair": "decoding.loading",
     "prepare_embedded_pair": "decoding.embedded",
 }

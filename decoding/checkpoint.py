@@ -14,7 +14,7 @@ from transformers.utils.hub import cached_file
 
 from decoding.embedded import OUTPUT_HEAD_FILE
 from decoding.errors import ModelLoadError
-from decoding.model import OutputHead, load_causal_lm
+from decoding.module import OutputHead, load_causal_lm
 
 
 @dataclass(frozen=True, slots=True)

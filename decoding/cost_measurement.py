@@ -19,7 +19,7 @@ from torch import Tensor
 from decoding.beam import CANDIDATES_PER_BEAM
 from decoding.cost_curve import CATCH_UP, CATCH_UP_TOKENS, DRAFT, GAP, KINDS, TARGET, CostCurve, up_to
 from decoding.draft_gap import GAP_TOKENS
-from decoding.model import ModelPair
+from decoding.model_pair import ModelPair
 from decoding.timing import cost_clock
 from decoding.token_tree import TokenTree
 

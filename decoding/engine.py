@@ -11,7 +11,7 @@ from decoding.delivery import deliver
 from decoding.device_errors import is_device_lost, is_out_of_memory, release_memory
 from decoding.draft_health import DraftHealth, without_draft
 from decoding.group_step import GroupStepper
-from decoding.model import ModelPair
+from decoding.model_pair import ModelPair
 from decoding.policy import Policy
 from decoding.prefix_cache import PrefixCache
 from decoding.prompt_queue import PromptQueue

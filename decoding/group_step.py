@@ -9,7 +9,7 @@ from decoding.draft_gap import close_gaps
 from decoding.host import to_host
 from decoding.methods import METHODS_BY_NAME
 from decoding.methods.step import RowStep
-from decoding.model import ModelPair
+from decoding.model_pair import ModelPair
 from decoding.policy import Policy
 from decoding.sequence import Sequence
 from decoding.timing import cost_clock

@@ -15,7 +15,8 @@ from decoding.errors import ModelLoadError
 from decoding.fused import fuse_layers
 from decoding.host import to_host
 from decoding.linear import apply_float16_linear
-from decoding.model import CausalModel, ChatFormat, ModelPair
+from decoding.model import CausalModel
+from decoding.model_pair import ChatFormat, ModelPair
 from decoding.precision import Precision, choose_device, choose_precision
 from decoding.probe import PROBE_ROWS, probe_tree, refusal
 from decoding.timing import timed

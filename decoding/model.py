@@ -1,62 +1,18 @@
-"""One causal language model with its rows of cache, and the pair that a worker holds resident."""
+"""One causal language model with its rows of cache."""
 
 import inspect
 import math
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from decoding.attention import ATTENTION_NAME, fold_mask, register_attention
 from decoding.config import MAX_TREE_NODES
 from decoding.kv_cache import KVCache
-from decoding.linear import Float16Linear
 from decoding.timing import PassTimer
 from decoding.token_tree import TokenTree
-
-
-@dataclass(frozen=True, slots=True)
-class OutputHead:
-    """A head over part of the vocabulary: `weight` `[outputs, width]`, the ids of its rows `[outputs]`."""
-
-    weight: Tensor
-    token_ids: Tensor
-
-
-def load_causal_lm(
-    source: str, *, gguf_file: str | None, dtype: torch.dtype, head: OutputHead | None = None
-) -> PreTrainedModel:
-    """Load a stock model from a folder or hub id; safetensors or GGUF only, never the model's own code.
-
-    `head` takes the place of the model's own, which its files then need not hold.
-
-    Raises:
-        ValueError: the files lack some of the weights, which would be left random.
-    """
-    extra: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {"use_safetensors": True}
-    if head is not None:
-        # A tied head is neither looked for in the files nor allocated.
-        extra["tie_word_embeddings"] = True
-    loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True, **extra)
-    model: PreTrainedModel = loaded[0]
-    missing_keys: set[str] = loaded[1]["missing_keys"]
-    if missing_keys:
-        missing = sorted(missing_keys)
-        raise ValueError(f"its files lack {len(missing)} weights, {missing[0]} for one")
-    model.train(False)
-    if head is not None:
-        _replace_head(model, head.weight.to(dtype))
-    return model
-
-
-def _replace_head(model: PreTrainedModel, weight: Tensor) -> None:
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    linear.weight = nn.Parameter(weight, requires_grad=False)
-    model.config.tie_word_embeddings = False
-    model.set_output_embeddings(linear)  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,59 +196,3 @@ class CausalModel:
         if "full_attention" in self._layer_types or "sliding_attention" in self._layer_types:
             return {"full_attention": full, "sliding_attention": windowed}
         return windowed
-
-
-@dataclass(frozen=True, slots=True)
-class ChatFormat:
-    """The target's chat template as text, if it has one, and the special tokens that it may name."""
-
-    template: str | None = None
-    special_tokens: tuple[tuple[str, str], ...] = ()
-
-    @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase) -> "ChatFormat":
-        """Of several named templates the one called `default`."""
-        template: Any = tokenizer.chat_template
-        if isinstance(template, dict):
-            template = template.get("default")
-        special = tokenizer.special_tokens_map.items()
-        return cls(template, tuple((name, str(token)) for name, token in special))
-
-
-@dataclass(slots=True)
-class ModelPair:
-    """What one worker holds: the target, the draft unless it serves without one, and their vocabulary."""
-
-    target: CausalModel
-    draft: CausalModel | None
-    vocab_size: int
-    max_model_len: int
-    eos_token_ids: tuple[int, ...]
-    bos_token_id: int | None
-    tokenizer_file: Path
-    description: str
-    chat: ChatFormat = ChatFormat()
-    load_seconds: dict[str, float] = field(default_factory=dict)  # of the weights, by role
-
-    @property
-    def has_draft(self) -> bool:
-        return self.draft is not None
-
-    @property
-    def device(self) -> torch.device:
-        return self.target.device
-
-    @property
-    def models(self) -> dict[str, CausalModel]:
-        """The resident models by role."""
-        return {"target": self.target} if self.draft is None else {"target": self.target, "draft": self.draft}
-
-    @property
-    def memory_bytes(self) -> int:
-        """Weights and caches of both models, in bytes (cache pages count whether touched or not)."""
-        return sum(_weight_bytes(model.module) + model.cache.num_bytes for model in self.models.values())
-
-
-def _weight_bytes(module: nn.Module) -> int:
-    kept = sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
-    return kept + sum(part.num_bytes for part in module.modules() if isinstance(part, Float16Linear))

@@ -1,6 +1,6 @@
 """Whether a sequence can be decoded by a pair at all."""
 
-from decoding.model import ModelPair
+from decoding.model_pair import ModelPair
 from decoding.sequence import Sequence
 
 

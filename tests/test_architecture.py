@@ -21,7 +21,7 @@ ONLY_IN = {
     "pickle": set(),
 }
 READS_ENVIRONMENT = {("os", "environ"), ("os", "getenv"), ("sys", "argv")}
-MODEL_CLASS_OWNERS = {"decoding/model.py", "decoding/embedded.py"}
+MODEL_CLASS_OWNERS = {"decoding/module.py", "decoding/embedded.py"}
 
 
 def imports(tree: ast.AST) -> Iterator[tuple[str, tuple[str, ...]]]:

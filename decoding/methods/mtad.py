@@ -7,7 +7,7 @@ from decoding.acceptance import best_reference
 from decoding.batch import Batch
 from decoding.beam import propose_tree
 from decoding.methods.step import DecodeStep, joint_step
-from decoding.model import ModelPair
+from decoding.model_pair import ModelPair
 
 
 class MTAD:

@@ -9,7 +9,7 @@ from torch import Tensor
 from decoding.batch import Batch
 from decoding.beam import beam_search
 from decoding.methods.step import DecodeStep, top_tokens
-from decoding.model import ModelPair
+from decoding.model_pair import ModelPair
 from decoding.token_tree import TokenTree, gather_at
 
 

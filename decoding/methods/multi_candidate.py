@@ -10,7 +10,8 @@ from torch import Tensor
 from decoding.acceptance import recursive_rejection_sample
 from decoding.batch import Batch
 from decoding.methods.step import DecodeStep, collect
-from decoding.model import CausalModel, ModelPair
+from decoding.model import CausalModel
+from decoding.model_pair import ModelPair
 from decoding.sampler import Draw, gumbel, sample, uniforms
 from decoding.token_tree import TokenTree, gather_at
 

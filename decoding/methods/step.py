@@ -8,7 +8,8 @@ from torch import Tensor
 
 from decoding.acceptance import longest_joint_prefix
 from decoding.batch import Batch
-from decoding.model import CausalModel, ModelPair
+from decoding.model import CausalModel
+from decoding.model_pair import ModelPair
 from decoding.sampler import Draw, sample, to_log_probs, uniforms
 from decoding.sequence import TopLogProbs, top_log_probs
 from decoding.token_tree import TokenTree, gather_at

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from decoding.batch import Batch
 from decoding.methods.step import DecodeStep, single_step
-from decoding.model import ModelPair
+from decoding.model_pair import ModelPair
 
 
 @dataclass(frozen=True, slots=True)

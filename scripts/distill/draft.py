@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from decoding.model import load_causal_lm
+from decoding.module import load_causal_lm
 from scripts.distill.errors import DistillError
 from scripts.distill.target import split_source
 
