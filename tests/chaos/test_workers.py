@@ -82,9 +82,9 @@ def one(start_chaos: StartChaos) -> Iterator[ChaosServer]:
 
 
 @contextlib.contextmanager
-def held(server: ChaosServer) -> Iterator[dict[int, Control]]:
-    """The hands on both workers, whose steps are held, by process id."""
-    until(lambda: num_up(server) == 2, 60)
+def held(server: ChaosServer, num_workers: int = 2) -> Iterator[dict[int, Control]]:
+    """The hands on all workers, whose steps are held, by process id."""
+    until(lambda: num_up(server) == num_workers, 60)
     with contextlib.ExitStack() as stack:
         hands = {pid: stack.enter_context(server.control(pid)) for pid in server.workers()}
         for hand in hands.values():
@@ -166,6 +166,30 @@ def test_a_draft_that_fails_leaves_the_target(one: ChaosServer) -> None:
     assert body["choices"] == plain["choices"]
     assert body["system_fingerprint"] == plain["system_fingerprint"] + "-target-only"
     assert len(one.logged("draft_failed")) == 3
+
+
+def test_a_draft_that_fails_in_the_middle_of_streams_changes_no_text(start_chaos: StartChaos) -> None:
+    """After some steps of a full house, with as many waiting: everybody is answered, nothing dies."""
+    fields = {"speculative": {"method": "speculative"}, "max_tokens": 24}
+    streams = [Stream() for _ in range(2 * ROWS)]
+    with start_chaos("--max-num-seqs", str(ROWS)) as server:
+        plain = complete(server, speculative=False, max_tokens=24)[1]["choices"][0]["text"]
+        with (
+            concurrent.futures.ThreadPoolExecutor(len(streams)) as executor,
+            held(server, num_workers=1) as hands,
+        ):
+            (before,), (hand,) = taken(hands).values(), hands.values()
+            for seen in streams:
+                executor.submit(read_stream, server, seen, **fields)
+            until(lambda: taken(hands) == {pid: before + len(streams) for pid in hands})
+            while sum(bool(seen.text) for seen in streams) < ROWS:
+                hand.ask("step")
+            server.order(draft=True)
+            hand.ask("open")
+        assert [(seen.text, seen.finish_reason) for seen in streams] == [(plain, "length")] * len(streams)
+        assert server.logged("draft_failed")
+        assert server.metric("mmtad_worker_restarts_total") == 0
+        assert server.stop() == 0
 
 
 def test_what_waits_for_the_only_worker_is_served_by_its_successor(one: ChaosServer) -> None:

@@ -7,12 +7,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import LlamaForCausalLM
 
 from decoding import ModelLoadError, ModelPair, load_model_pair, loading
 from decoding.model import CausalModel
 from decoding.probe import probe_tree
 from tests.decoding.checkpoints import REFUSED, SERVED, VOCAB_SIZE, random_model, save_checkpoint
 from tests.decoding.tiny import causal, generate, request
+
+MODELS = Path(__file__).parents[2] / "models"
 
 
 @pytest.fixture(autouse=True)
@@ -98,11 +101,11 @@ class Breaks(CausalModel):
         raise IndexError("no such layer")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", [CommitsNothing, SeesEverything, ForgetsPositions, Breaks])
-def test_planted_fault_is_found(kind: type[CausalModel]) -> None:
-    model = kind(
-        random_model("llama"), rows=3, max_model_len=32, vocab_size=VOCAB_SIZE, device=torch.device("cpu")
-    )
+def test_planted_fault_is_found(kind: type[CausalModel], dtype: torch.dtype) -> None:
+    module = random_model("llama").to(dtype)
+    model = kind(module, rows=3, max_model_len=32, vocab_size=VOCAB_SIZE, device=torch.device("cpu"))
     with pytest.raises(ModelLoadError, match="model type 'llama' cannot be served with token trees"):
         probe_tree(model)
 
@@ -115,7 +118,19 @@ def test_weights_that_are_not_numbers_are_found() -> None:
         probe_tree(causal(module, vocab_size=VOCAB_SIZE))
 
 
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-4), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("model_type", SERVED)
+def test_rounding_of_half_precision_is_no_fault(model_type: str) -> None:
+    probe_tree(causal(random_model(model_type).to(torch.bfloat16), vocab_size=VOCAB_SIZE))
+
+
+@pytest.mark.parametrize("name", ["tiny-sql", "tiny-sql-draft"])
+def test_trained_weights_are_served_in_half_precision(name: str) -> None:
+    """Whose activations are larger than those of random ones, and their rounding with them."""
+    module = LlamaForCausalLM.from_pretrained(MODELS / name, dtype=torch.bfloat16)
+    assert 0 < probe_tree(causal(module, vocab_size=64)) < 0.1
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)])
 def test_probe_returns_its_error_and_leaves_the_rows_free(dtype: torch.dtype, bound: float) -> None:
     torch.manual_seed(0)
     module = random_model("llama")
