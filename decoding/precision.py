@@ -23,7 +23,8 @@ class Precision:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device that `name` of `DEVICES` means here; of a CPU every core that this process may use.
+    """The device that `name` of `DEVICES` means here; of a CPU every core that this process may use, or as
+    many as `OMP_NUM_THREADS` says.
 
     Raises:
         ModelLoadError: no such name, or no such device.
@@ -40,7 +41,9 @@ def choose_device(name: str) -> torch.device:
 
 
 def _use_all_cores() -> None:
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    # Of several workers on one machine each is told its share.
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
     # Allowed once per process, before the first parallel work; later pairs keep what the first one set.
     with contextlib.suppress(RuntimeError):
         torch.set_num_interop_threads(1)

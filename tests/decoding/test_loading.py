@@ -1,7 +1,6 @@
 """Loading a pair: what is read, what is said of it, and every fault in one line with its cure."""
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable
@@ -179,8 +178,3 @@ def test_padded_embedding_is_cut_to_the_tokenizer(checkpoint: Path, tmp_path: Pa
 def test_float16_is_told_with_its_share(checkpoint: Path) -> None:
     description = load(checkpoint, dtype="float16").description
     assert "float16 weights, float32 activations (" in description or "no float16 linear" in description
-
-
-def test_threads_are_all_cores_that_the_process_may_use(checkpoint: Path) -> None:
-    load(checkpoint)
-    assert torch.get_num_threads() == len(os.sched_getaffinity(0))

@@ -1,10 +1,12 @@
 """What a type of numbers means on a processor that may not have it."""
 
+import os
+
 import pytest
 import torch
 
 from decoding import precision
-from decoding.precision import choose_precision
+from decoding.precision import choose_device, choose_precision
 
 
 @pytest.mark.parametrize(
@@ -29,3 +31,15 @@ def test_processor_without_float16_layers_computes_in_float32(
     monkeypatch.setattr(precision, "float16_linear_available", lambda: False)
     chosen = choose_precision(dtype, torch.device("cpu"))
     assert (chosen.dtype, chosen.float16_linear) == (torch.float32, False)
+
+
+def test_a_worker_keeps_to_the_threads_that_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or several workers on one machine would each take every core."""
+    asked: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    choose_device("cpu")
+    assert asked == []
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    choose_device("cpu")
+    assert asked == [len(os.sched_getaffinity(0))]

@@ -9,18 +9,20 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import httpx
 import pytest
 
 from tests.e2e.conftest import ROOT, RunningServer, Start, clean_environment, until
+from tests.e2e.tiny import write_model
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install 'mmtad-server[ray]'")
 pytestmark = pytest.mark.slow
 
 NUM_REQUESTS = 64
 GREEDY = {"stream": True, "temperature": 0, "ignore_eos": True}
-NUM_TOKENS = 300
+NUM_TOKENS = 150
 TOLD_SECONDS = 20.0  # ten times the goal
 PLACED_SECONDS = 120.0
 
@@ -107,8 +109,14 @@ def num_up(server: RunningServer) -> float:
     return server.metric("mmtad_worker_up")
 
 
-def test_a_node_is_lost_and_another_one_joins(start: Start) -> None:
-    flags = ("--worker-backend", "ray", "--num-workers", "2", "--max-num-seqs", "32")
+@pytest.fixture
+def large_target(tmp_path: Path) -> str:
+    """So large that the workers, and not the clients, take the time: 28 million parameters."""
+    return str(write_model(tmp_path / "target", seed=0, layers=12, hidden=512))
+
+
+def test_a_node_is_lost_and_another_one_joins(start: Start, large_target: str) -> None:
+    flags = ("--worker-backend", "ray", "--num-workers", "2", "--max-num-seqs", "32", "--model", large_target)
     with cluster(1, 1) as nodes, start(*flags, "--ray-address", nodes.address) as server:
         until(lambda: num_up(server) == 2, PLACED_SECONDS)
         whole, seconds_before = ask_all(server)
