@@ -29,7 +29,7 @@ from benchmarks.load.client import Endpoint
 from benchmarks.load.compare import compare
 from benchmarks.load.plan import DISCARDED, SERVER, LoadTest, total_requests
 from benchmarks.load.processes import CpuClock, commit, spawned
-from benchmarks.load.report import columns, report
+from benchmarks.load.report import columns, report, write_load_plots
 from benchmarks.load.summary import Objective
 from benchmarks.workloads import load_prompts
 
@@ -153,6 +153,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="order of the prompts")
     parser.add_argument("--json", type=Path, help="write the document here, too")
     parser.add_argument("--report", type=Path, help="write an HTML report")
+    parser.add_argument("--plot", type=Path, help="write the plots by concurrency as an image (.png, .svg)")
     parsed = parser.parse_args(arguments)
     if min([*parsed.concurrency, parsed.requests, parsed.repeats]) < 1 or any(
         rate <= 0 for rate in parsed.rates
@@ -186,6 +187,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     show_table([columns(point) for point in result["points"]])
     if arguments.report:
         arguments.report.write_text(report(result), encoding="utf-8")
+    if arguments.plot:
+        write_load_plots(result["points"], arguments.plot)
     if arguments.json:
         arguments.json.write_text(json.dumps(result), encoding="utf-8")
     return result

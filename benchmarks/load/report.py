@@ -4,6 +4,7 @@ import html
 import io
 import itertools
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
@@ -73,6 +74,15 @@ def report(result: dict[str, Any]) -> str:
     )
 
 
+def write_load_plots(points: list[Point], path: Path) -> None:
+    """The plots of the closed loop as an image; raises ValueError when there is none in `points`."""
+    figure = _load_plots(points)
+    if figure is None:
+        raise ValueError("nothing to plot: no number of clients was measured; give --concurrency")
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
 def describe_objective(objective: dict[str, float]) -> str:
     return f"first token within {objective['ttft']:g} s, then at most {objective['tpot']:g} s per token"
 
@@ -115,6 +125,9 @@ def _load_plots(points: list[Point]) -> Figure | None:
         for method, own in _by_method(closed).items():
             known = [(point["concurrency"], value) for point in own if (value := take(point)) is not None]
             axes.plot(*zip(*known, strict=True), **looks[method], label=method) if known else None
+            for point in own if axes is grid[0][0] else []:
+                low, high = point.get("tokens_per_second_range", (0, 0))
+                axes.vlines(point["concurrency"], low, high, color=looks[method]["color"], lw=1)
         axes.set_xscale("log", base=2)
         axes.set_xticks(sorted({point["concurrency"] for point in closed}))
         axes.xaxis.set_major_formatter(ScalarFormatter())
@@ -210,6 +223,7 @@ def columns(point: Point) -> dict[str, str]:
     row = {"load": describe_load(point), "method": point["method"]}
     row |= {
         "tokens/s": _number(point["tokens_per_second"], 1),
+        "range": _range(point.get("tokens_per_second_range")),
         "requests/s": _number(point["requests_per_second"], 2),
     }
     row |= {"goodput": _number(point["goodput"], 2)}
@@ -222,6 +236,10 @@ def columns(point: Point) -> dict[str, str]:
     row["log-prob"] = _number(point.get("target_logprob_mean"), 3)
     row["errors"] = ", ".join(f"{count} x {kind}" for kind, count in point["errors"].items()) or "0"
     return row
+
+
+def _range(bounds: Sequence[float] | None) -> str:
+    return "-" if bounds is None else f"{bounds[0]:.1f} to {bounds[1]:.1f}"
 
 
 def _number(value: float | None, digits: int) -> str:

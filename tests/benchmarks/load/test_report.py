@@ -2,13 +2,14 @@
 
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from benchmarks.load.client import Outcome
 from benchmarks.load.compare import compare
-from benchmarks.load.report import report
+from benchmarks.load.report import columns, report, write_load_plots
 from benchmarks.load.summary import Objective, Run, summarise
 
 
@@ -97,6 +98,22 @@ def test_a_comparison_is_of_equal_points() -> None:
     assert first["tpot_p50"] == pytest.approx(4 / 9)
     assert first["cpu_seconds_per_token"] == 0.5
     assert second["e2e_p99"] == 1
+
+
+def test_repeats_are_shown_with_their_range() -> None:
+    outcome = Outcome(due=0.0, first=0.5, ended=2.5, tokens=5)
+    slower = Outcome(due=0.0, first=0.5, ended=5.0, tokens=5)
+    repeated = summarise([Run([outcome]), Run([slower])], Objective(1.0, 1.0))
+    load = {"method": "target", "mode": "closed", "concurrency": 1}
+    assert columns({**load, **repeated})["range"] == "1.0 to 2.0"
+    assert columns(POINTS[0])["range"] == "-"
+
+
+def test_plots_are_written_as_an_image(tmp_path: Path) -> None:
+    write_load_plots(POINTS, tmp_path / "load.png")
+    assert (tmp_path / "load.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="give --concurrency"):
+        write_load_plots(POINTS[-1:], tmp_path / "none.png")
 
 
 def test_results_without_a_common_point_are_refused() -> None:
