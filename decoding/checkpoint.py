@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
 from decoding.embedded import OUTPUT_HEAD_FILE
@@ -89,10 +89,41 @@ def read_output_head(source: Source) -> OutputHead | None:
     return head
 
 
-def load_module(source: Source, head: OutputHead | None, dtype: torch.dtype) -> PreTrainedModel:
-    """The model's weights in `dtype`, with `head` in the place of its own."""
+def refuse_split(source: Source, ranks: int) -> None:
+    """Raise where the model's heads cannot be divided among `ranks` processes."""
+    if source.gguf_file:
+        raise _not_split(source, ranks, "GGUF files are not split", "give safetensors")
     try:
-        return load_causal_lm(source.name, gguf_file=source.gguf_file, dtype=dtype, head=head)
+        config = AutoConfig.from_pretrained(source.name).get_text_config()
+    except (OSError, ValueError, KeyError) as cause:
+        raise _unreadable(source, cause) from cause
+    plan = getattr(config, "base_model_tp_plan", None) or {}
+    if not any(name.endswith(".k_proj") and style == "colwise" for name, style in plan.items()):
+        raise _not_split(
+            source,
+            ranks,
+            f"transformers has no plan that splits the heads of {config.model_type!r}",
+            "leave the flag out",
+        )
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    if heads % ranks or kv_heads % ranks:
+        reason = f"it has {heads} heads over {kv_heads} of keys and values"
+        raise _not_split(source, ranks, reason, "use a number that divides both")
+
+
+def _not_split(source: Source, ranks: int, reason: str, cure: str) -> ModelLoadError:
+    return ModelLoadError(
+        f"model {source.name!r} cannot be served with --tensor-parallel-size {ranks}: {reason}; {cure}"
+    )
+
+
+def load_module(
+    source: Source, head: OutputHead | None, dtype: torch.dtype, ranks: int = 1
+) -> PreTrainedModel:
+    """The model's weights in `dtype`, with `head` in the place of its own; this rank's share of them."""
+    try:
+        return load_causal_lm(source.name, gguf_file=source.gguf_file, dtype=dtype, head=head, ranks=ranks)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as cause:
         raise _unreadable(source, cause) from cause
 

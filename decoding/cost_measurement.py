@@ -105,7 +105,7 @@ def _time(pair: ModelPair, each: Pass, context: int) -> float:
     kind, rows, _ = each
     model = pair.models["target" if kind == TARGET else "draft"]
     model.cache.lengths[:rows] = [context] * rows
-    clock = cost_clock(pair.device)
+    clock = cost_clock(pair.device, pair.target.ranks)
     started = clock()
     try:
         _run(pair, each, torch.full((rows,), context, device=pair.device))

@@ -4,6 +4,8 @@ import traceback
 
 import torch
 
+from decoding.errors import RankError
+
 MEMORY_SIGNS = ("out of memory", "alloc_failed", "can't allocate memory")
 
 
@@ -15,10 +17,10 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def is_device_lost(error: Exception) -> bool:
-    """Whether nothing will run on the device in this process any more: every other error of CUDA."""
+    """Whether nothing will run in this process any more: every other error of CUDA, any of a split target."""
     if is_out_of_memory(error):
         return False
-    return isinstance(error, torch.AcceleratorError) or str(error).startswith("CUDA error")
+    return isinstance(error, torch.AcceleratorError | RankError) or str(error).startswith("CUDA error")
 
 
 def release_memory(error: Exception, device: torch.device) -> None:

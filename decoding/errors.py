@@ -3,3 +3,7 @@
 
 class ModelLoadError(Exception):
     """A model or pair cannot be served. The message is one line: what is wrong and the cure."""
+
+
+class RankError(RuntimeError):
+    """An operation of a split target broke off: its ranks are no longer at the same place, and cannot be."""

@@ -29,7 +29,7 @@ class GroupStepper:
 
     def __init__(self, pair: ModelPair, policy: Policy | None) -> None:
         self._pair, self._policy = pair, policy
-        self._clock = cost_clock(pair.device)
+        self._clock = cost_clock(pair.device, pair.target.ranks)
 
     def accept(self, sequence: Sequence) -> None:
         """Take a new sequence: nothing adapts without a policy."""

@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -11,22 +11,9 @@ from transformers import PreTrainedModel
 from decoding.attention import ATTENTION_NAME, fold_mask, register_attention
 from decoding.config import MAX_TREE_NODES
 from decoding.kv_cache import KVCache
+from decoding.passes import Pass
 from decoding.timing import PassTimer
 from decoding.token_tree import TokenTree
-
-
-@dataclass(frozen=True, slots=True)
-class _Pass:
-    """One forward: `token_ids`, `columns`, `positions` `[rows, tokens]`, `mask` `[rows, tokens, live]`.
-
-    `key_positions` `[rows, live]` is the position of each column, for sliding windows.
-    """
-
-    token_ids: Tensor
-    columns: Tensor
-    positions: Tensor
-    mask: Tensor
-    key_positions: Tensor
 
 
 class CausalModel:
@@ -35,7 +22,10 @@ class CausalModel:
     `module` is any transformers causal model; `rows` how many sequences fit, `max_model_len` tokens
     each. Log-probabilities are taken over the first `vocab_size` logits. Where the head is cut to part
     of the vocabulary, `output_ids` `[outputs]` are the token ids of its rows; other logits are -inf.
+    `make_cache` allocates the cache.
     """
+
+    ranks = 1  # processes that hold the model
 
     def __init__(
         self,
@@ -46,6 +36,7 @@ class CausalModel:
         vocab_size: int,
         device: torch.device,
         output_ids: Tensor | None = None,
+        make_cache: Callable[..., KVCache] = KVCache,
     ) -> None:
         register_attention()
         self.module: PreTrainedModel = nn.Module.to(module, device)
@@ -58,7 +49,7 @@ class CausalModel:
         config = module.config.get_text_config()
         self.dtype = module.dtype
         kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        self.cache = KVCache(
+        self.cache = make_cache(
             layers=config.num_hidden_layers,
             rows=rows,
             kv_heads=kv_heads,
@@ -83,7 +74,7 @@ class CausalModel:
         keys = torch.arange(live, device=self.device)
         logits = self._run(
             rows,
-            _Pass(
+            Pass(
                 token_ids=torch.tensor([token_ids], device=self.device),
                 columns=columns,
                 positions=columns,
@@ -122,7 +113,7 @@ class CausalModel:
         positions = (lengths[:, None] + tree.depths[:, :end]).clamp(max=self._max_model_len - 1)
         return self._run(
             rows,
-            _Pass(
+            Pass(
                 token_ids=tree.token_ids[:, first:end],
                 columns=columns[:, first:],
                 positions=positions[:, first:],
@@ -145,7 +136,7 @@ class CausalModel:
         keys = torch.arange(live, device=self.device)
         logits = self._run(
             rows,
-            _Pass(
+            Pass(
                 token_ids=last_tokens,
                 columns=torch.stack([first_column, lengths], dim=1),
                 positions=positions,
@@ -162,8 +153,19 @@ class CausalModel:
         sources = lengths[:, None] + torch.where(path > 0, path, depths)
         self.cache.commit(rows, sources, lengths[:, None] + depths.expand_as(path))
 
+    @torch.inference_mode()
+    def plain_logits(self, token_ids: list[int]) -> Tensor:
+        """The last logits of one text by a stock forward without any cache, as the head gives them."""
+        self.module.set_attn_implementation("eager")
+        try:
+            input_ids = torch.tensor([token_ids], device=self.device)
+            logits: Tensor = self.module(input_ids=input_ids, use_cache=False, logits_to_keep=1).logits
+        finally:
+            self.module.set_attn_implementation(ATTENTION_NAME)
+        return logits[0, -1, : self.vocab_size].float()
+
     @torch.no_grad()
-    def _run(self, rows: slice, inputs: _Pass, keep: int) -> Tensor:
+    def _run(self, rows: slice, inputs: Pass, keep: int) -> Tensor:
         self.cache.begin_pass(rows, inputs.columns, inputs.mask.shape[-1])
         with self.timer.passing():
             output = self.module(
@@ -186,7 +188,7 @@ class CausalModel:
         spread = outside.repeat(1, 1, self.vocab_size)
         return spread.scatter_(-1, output_ids.expand_as(logits), logits)
 
-    def _masks(self, inputs: _Pass) -> Tensor | dict[str, Tensor]:
+    def _masks(self, inputs: Pass) -> Tensor | dict[str, Tensor]:
         """The additive mask, or one per layer type where only some layers have a sliding window."""
         full = fold_mask(inputs.mask, self._groups, self.dtype)
         if self._window is None or self._layer_types == {"full_attention"}:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.distributed.configuration_utils import DistributedConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,11 +18,17 @@ class OutputHead:
 
 
 def load_causal_lm(
-    source: str, *, gguf_file: str | None, dtype: torch.dtype, head: OutputHead | None = None
+    source: str,
+    *,
+    gguf_file: str | None,
+    dtype: torch.dtype,
+    head: OutputHead | None = None,
+    ranks: int = 1,
 ) -> PreTrainedModel:
     """Load a stock model from a folder or hub id; safetensors or GGUF only, never the model's own code.
 
-    `head` takes the place of the model's own, which its files then need not hold.
+    `head` takes the place of the model's own, which its files then need not hold. Of several `ranks`, the
+    processes of the current group, each loads its share.
 
     Raises:
         ValueError: the files lack some of the weights, which would be left random.
@@ -30,6 +37,8 @@ def load_causal_lm(
     if head is not None:
         # A tied head is neither looked for in the files nor allocated.
         extra["tie_word_embeddings"] = True
+    if ranks > 1:
+        extra["distributed_config"] = DistributedConfig(tp_size=ranks)
     loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True, **extra)
     model: PreTrainedModel = loaded[0]
     missing_keys: set[str] = loaded[1]["missing_keys"]

@@ -22,9 +22,9 @@ class Precision:
     note: str
 
 
-def choose_device(name: str) -> torch.device:
+def choose_device(name: str, ranks: int = 1) -> torch.device:
     """The device that `name` of `DEVICES` means here; of a CPU every core that this process may use, or as
-    many as `OMP_NUM_THREADS` says.
+    many as `OMP_NUM_THREADS` says, divided among `ranks` processes.
 
     Raises:
         ModelLoadError: no such name, or no such device.
@@ -36,21 +36,25 @@ def choose_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise ModelLoadError("device 'cuda' is not available here; use --device cpu")
     if name == "cpu":
-        _use_all_cores()
+        _use_cores(ranks)
     return torch.device(name)
 
 
-def _use_all_cores() -> None:
+def _use_cores(ranks: int) -> None:
     # Of several workers on one machine each is told its share.
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(len(os.sched_getaffinity(0)))
+    if ranks > 1:
+        torch.set_num_threads(max(1, torch.get_num_threads() // ranks))
     # Allowed once per process, before the first parallel work; later pairs keep what the first one set.
     with contextlib.suppress(RuntimeError):
         torch.set_num_interop_threads(1)
 
 
-def choose_precision(dtype: str, device: torch.device) -> Precision:
+def choose_precision(dtype: str, device: torch.device, ranks: int = 1) -> Precision:
     """What `dtype` of `DTYPES` means on `device`; a CPU's types without instructions of their own are upcast.
+
+    Weights that are split over `ranks` have no float16 layers of their own.
 
     Raises:
         ModelLoadError: no such name.
@@ -64,6 +68,8 @@ def choose_precision(dtype: str, device: torch.device) -> Precision:
         return Precision(torch.bfloat16, False, "bfloat16")
     if dtype == "bfloat16":
         return Precision(torch.float32, False, "float32 (bfloat16 upcast: this CPU has no AVX-512)")
+    if ranks > 1:
+        return Precision(torch.float32, False, "float32 (a split target has no float16 and no fused layers)")
     if dtype in ("auto", "float16") and float16_linear_available():
         return Precision(torch.float32, True, "float16 weights, float32 activations")
     note = "float32" if dtype in ("auto", "float32") else "float32 (this CPU has no float16 linear layers)"

@@ -58,7 +58,7 @@ def probe_tree(model: CausalModel) -> float:
     try:
         error, allowed = _errors(model)
     except _PROBE_FAILURES as cause:
-        raise refusal(kind, f"{type(cause).__name__} in the tree probe") from cause
+        raise refusal(kind, f"{type(cause.__cause__ or cause).__name__} in the tree probe") from cause
     if not error <= allowed:
         raise refusal(
             kind,
@@ -71,7 +71,7 @@ def probe_tree(model: CausalModel) -> float:
 def _errors(model: CausalModel) -> tuple[float, float]:
     """The error of tree rows, and what it may be."""
     sequences, found = _run_tree(model)
-    expected = _recompute(model, sequences)
+    expected = [model.plain_logits(sequence) for sequence in sequences]
     if model.dtype not in (torch.float16, torch.bfloat16):
         return _largest_error(found, expected), MAX_RELATIVE_ERROR
     rounding = _relative_norm(_run_plain(model, sequences), expected)
@@ -148,21 +148,6 @@ def _tree(model: CausalModel, nodes: list[list[int]]) -> TokenTree:
             ended=torch.zeros_like(token_ids[:, level], dtype=torch.bool),
         )
     return tree
-
-
-def _recompute(model: CausalModel, sequences: list[list[int]]) -> list[Tensor]:
-    """The last logits of each sequence by a stock forward without any cache, as the head gives them."""
-    model.module.set_attn_implementation("eager")
-    try:
-        return [_last_logits(model, sequence) for sequence in sequences]
-    finally:
-        model.module.set_attn_implementation(ATTENTION_NAME)
-
-
-def _last_logits(model: CausalModel, sequence: list[int]) -> Tensor:
-    input_ids = torch.tensor([sequence], device=model.device)
-    logits: Tensor = model.module(input_ids=input_ids, use_cache=False, logits_to_keep=1).logits
-    return logits[0, -1, : model.vocab_size].float()
 
 
 def _largest_error(found: list[Tensor], expected: list[Tensor]) -> float:

@@ -23,12 +23,13 @@ def timed(
     return result, time.monotonic() - started
 
 
-def cost_clock(device: torch.device) -> Callable[[], float]:
+def cost_clock(device: torch.device, ranks: int) -> Callable[[], float]:
     """What costs on `device` are measured with: of a CPU only the time that this process had.
 
-    Who else runs on its cores would otherwise make one shape look dearer than another.
+    Who else runs on its cores would otherwise make one shape look dearer than another. Where the target
+    has several `ranks`, what this process waits for counts too.
     """
-    return time.monotonic if device.type == "cuda" else time.process_time
+    return time.monotonic if device.type == "cuda" or ranks > 1 else time.process_time
 
 
 class PassTimer:

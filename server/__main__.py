@@ -143,10 +143,10 @@ def bind(host: str, port: int, flag: str) -> socket.socket:
 
 
 def with_workers(config: ServerConfig) -> ServerConfig:
-    """Unless it says otherwise, one worker per GPU; on a CPU one, which has all its cores."""
+    """Unless it says otherwise, as many workers as there are GPUs for; on a CPU one, with all its cores."""
     if "num_workers" in config.model_fields_set or config.device == "cpu":
         return config
-    return config.model_copy(update={"num_workers": max(1, count_gpus())})
+    return config.model_copy(update={"num_workers": max(1, count_gpus() // config.tensor_parallel_size)})
 
 
 def main(launch: Launch = WorkerProcess) -> int:

@@ -63,6 +63,9 @@ class ServerConfig(NetworkConfig, BaseSettings):
     num_workers: int = Field(
         default=1, ge=1, le=64, description="Processes that decode. Unless given, one per visible GPU."
     )
+    tensor_parallel_size: int = Field(
+        default=1, ge=1, le=64, description="Processes, and GPUs, that hold one target together: a worker."
+    )
     enable_prefix_caching: CliDualFlag[bool] = Field(
         default=True, description="Whether prompts that begin alike share what the caches hold of them."
     )
@@ -214,17 +217,19 @@ def worker_link_fd() -> int:
     return int(arguments[1])
 
 
-def worker_environment(worker: int = 0, num_workers: int = 1) -> dict[str, str]:
+def worker_environment(worker: int = 0, num_workers: int = 1, num_gpus: int = 1) -> dict[str, str]:
     """The environment of a worker: its compute threads sleep while they wait.
 
     Threads that spin starve the API process, and whatever else runs, of the cores they wait for; where
     those cores are busy a step then takes many times as long. Who set the policy keeps it. Several
-    workers share the cores, and each sees one of the GPUs.
+    workers share the cores, and each sees `num_gpus` of the GPUs.
     """
     environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
     if num_workers > 1:
         cores = len(os.sched_getaffinity(0))
         environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // num_workers)))
         visible = [each for each in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if each]
-        environment["CUDA_VISIBLE_DEVICES"] = visible[worker % len(visible)] if visible else str(worker)
+        places = range(worker * num_gpus, (worker + 1) * num_gpus)
+        names = [visible[place % len(visible)] if visible else str(place) for place in places]
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(names)
     return environment

@@ -163,27 +163,33 @@ class PowercapSource:
 
 
 class GpuSource:
-    """One GPU's cumulative counter, through zeus."""
+    """The cumulative counters of one worker's GPUs, through zeus."""
 
     refresh_seconds = 0.1
 
-    def __init__(self, gpus: Any, index: int, worker: int = 0) -> None:
-        """`index` is the GPU's among those that `worker` sees: several workers see one each."""
+    def __init__(self, gpus: Any, index: int, worker: int = 0, count: int = 1) -> None:
+        """`index` is the first one's among those that `worker` sees: several workers see `count` each."""
         self.name = "gpu"
-        self.devices: tuple[str, ...] = (f"gpu:{worker + index}",)
-        self._gpus, self._index = gpus, index
-        if not gpus.supports_get_total_energy_consumption(index):
+        self._gpus = gpus
+        self._indices = {f"gpu:{worker * count + each}": each for each in range(index, index + count)}
+        self.devices = tuple(self._indices)
+        if not all(map(gpus.supports_get_total_energy_consumption, self._indices.values())):
             raise EnergySourceError("the GPU has no energy counter")
 
     def read(self) -> Reading:
         try:
-            return {self.devices[0]: 1000 * int(self._gpus.get_total_energy_consumption(self._index))}
+            return {
+                name: 1000 * int(self._gpus.get_total_energy_consumption(index))
+                for name, index in self._indices.items()
+            }
         except Exception as error:  # NVML's and AMD SMI's errors have no common base
             raise EnergySourceError(f"the GPU's counter cannot be read: {error}") from error
 
 
-def open_source(choice: str, device: str, worker: int = 0) -> EnergySource | None:
+def open_source(choice: str, device: str, worker: int = 0, num_gpus: int = 1) -> EnergySource | None:
     """The source of a worker that computes on `device` (`cpu`, `cuda` or `cuda:N`), None where there is none.
+
+    Of a worker with several GPUs `device` is the first.
 
     Raises:
         EnergySourceError: a recording that cannot be played.
@@ -193,7 +199,7 @@ def open_source(choice: str, device: str, worker: int = 0) -> EnergySource | Non
     if choice.startswith(REPLAY_PREFIX):
         return ReplaySource.from_file(Path(choice.removeprefix(REPLAY_PREFIX)))
     try:
-        return _gpu(device, worker) if device.startswith("cuda") else _cpu()
+        return _gpu(device, worker, num_gpus) if device.startswith("cuda") else _cpu()
     except EnergySourceError as error:
         log.info("energy_not_measured", reason=str(error))
         return None
@@ -206,7 +212,7 @@ def _cpu() -> EnergySource:
     return PowercapSource(folder)
 
 
-def _gpu(device: str, worker: int) -> EnergySource:
+def _gpu(device: str, worker: int, num_gpus: int) -> EnergySource:
     try:
         from zeus.device import get_gpus
 
@@ -215,4 +221,4 @@ def _gpu(device: str, worker: int) -> EnergySource:
         raise EnergySourceError("zeus is not installed: run scripts/install --energy") from error
     except Exception as error:  # its errors for a missing driver or library have no common base
         raise EnergySourceError(f"zeus finds no GPU: {error}") from error
-    return GpuSource(gpus, int(device.partition(":")[2] or 0), worker)
+    return GpuSource(gpus, int(device.partition(":")[2] or 0), worker, num_gpus)

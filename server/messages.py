@@ -45,6 +45,7 @@ class LoadCommand(Message, frozen=True, kw_only=True):
     enable_prefix_caching: bool = True
     worker: int = 0
     num_workers: int = 1
+    tensor_parallel_size: int = 1
     energy_source: str = "none"
     speculation: DecodingConfig | None = None
 

@@ -48,10 +48,11 @@ def cores_per_worker(node_cores: Sequence[float], num_workers: int) -> int:
 class RayCluster:
     """The cluster as this process sees it, joined once for all of its workers."""
 
-    def __init__(self, address: str, num_workers: int, device: str) -> None:
+    def __init__(self, address: str, num_workers: int, device: str, num_gpus: int = 1) -> None:
         self._address = address
         self._num_workers = num_workers
         self._device = device
+        self._num_gpus = num_gpus
         self._joining: asyncio.Future[dict[str, Any]] | None = None
         self._files: tempfile.TemporaryDirectory[str] | None = None
 
@@ -87,9 +88,14 @@ class RayCluster:
                 f"({type(error).__name__}); start one with: ray start --head"
             ) from error
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        has_gpus = any(node.get("GPU", 0) >= 1 for node in nodes)
-        if self._device == "cuda" or (self._device == "auto" and has_gpus):
-            return {"num_gpus": 1, "num_cpus": 1}
+        most_gpus = max((node.get("GPU", 0) for node in nodes), default=0)
+        if self._device == "cuda" or (self._device == "auto" and most_gpus >= 1):
+            if 1 <= most_gpus < self._num_gpus:
+                raise NoClusterError(
+                    f"--tensor-parallel-size {self._num_gpus}: no node of the cluster has more than "
+                    f"{most_gpus:.0f} GPUs; give a smaller number, or add a node"
+                )
+            return {"num_gpus": self._num_gpus, "num_cpus": self._num_gpus}
         return {"num_cpus": cores_per_worker([node.get("CPU", 0) for node in nodes], self._num_workers)}
 
     def keep(self, content: bytes) -> str:
@@ -220,7 +226,7 @@ class RayWorker(WorkerTransport):
 
 def ray_launch(config: ServerConfig) -> Callable[..., RayWorker]:
     """What starts the workers of a server in the cluster of `--ray-address`."""
-    cluster = RayCluster(config.ray_address, config.num_workers, config.device)
+    cluster = RayCluster(config.ray_address, config.num_workers, config.device, config.tensor_parallel_size)
     return lambda load, on_event, on_lost: RayWorker(load, on_event, on_lost, cluster)
 
 

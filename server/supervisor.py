@@ -30,6 +30,7 @@ LOADED_SETTINGS = (
     "max_num_seqs",
     "enable_prefix_caching",
     "num_workers",
+    "tensor_parallel_size",
     "energy_source",
 )
 
@@ -107,7 +108,8 @@ class WorkerProcess(WorkerTransport):
         """One process from its start to its death."""
         ours, theirs = socket.socketpair()
         with theirs:
-            environment = worker_environment(self._load.worker, self._load.num_workers)
+            load = self._load
+            environment = worker_environment(load.worker, load.num_workers, load.tensor_parallel_size)
             self._process = spawn_worker(self._command_line, theirs, environment)
         reader, self._writer = await asyncio.open_connection(sock=ours)
         try:

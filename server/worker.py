@@ -76,6 +76,7 @@ def load_pair(command: LoadCommand) -> "ModelPair":
         dtype=command.dtype,
         max_model_len=command.max_model_len,
         max_num_seqs=command.max_num_seqs,
+        tensor_parallel_size=command.tensor_parallel_size,
     )
 
 
@@ -136,7 +137,7 @@ def open_energy(command: LoadCommand, device: str) -> EnergySource | None:
         log.info("energy_not_measured", reason="several workers share the counter of the CPU")
         return None
     try:
-        return open_source(command.energy_source, device, command.worker)
+        return open_source(command.energy_source, device, command.worker, command.tensor_parallel_size)
     except EnergySourceError as error:
         raise ModelLoadError(f"--energy-source: {error}") from error
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from decoding.device_errors import is_device_lost, is_out_of_memory, release_memory
+from decoding.errors import RankError
 
 NO_MEMORY = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
@@ -15,6 +16,7 @@ NO_MEMORY = [
 LOST = [
     torch.AcceleratorError("CUDA error: an illegal memory access was encountered", 700),
     RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm`"),
+    RankError("the target's run failed on rank 0"),
 ]
 NEITHER = [RuntimeError("a shape is wrong"), ValueError("CUDA"), torch.linalg.LinAlgError("singular")]
 

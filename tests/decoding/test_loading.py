@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from decoding import ModelLoadError, ModelPair, load_model_pair, loading
+from decoding.checkpoint import Source, refuse_split
+from decoding.precision import choose_device, choose_precision
 from tests.decoding.checkpoints import VOCAB_SIZE, random_model, save_checkpoint, save_tokenizer
 
 Change = Callable[[Path], None]
@@ -139,6 +141,38 @@ def test_setting_out_of_bounds_is_named(settings: dict[str, Any], message: str, 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_cuda_where_there_is_none_is_told(checkpoint: Path) -> None:
     assert refused(checkpoint, device="cuda").startswith("device 'cuda' is not available here")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "ranks", "reason"),
+    [
+        ("llama", 3, "it has 4 heads over 2 of keys and values; use a number that divides both"),
+        ("llama", 4, "it has 4 heads over 2 of keys and values; use a number that divides both"),
+        ("gpt2", 2, "transformers has no plan that splits the heads of 'gpt2'; leave the flag out"),
+        ("phi3", 2, "transformers has no plan that splits the heads of 'phi3'; leave the flag out"),
+    ],
+)
+def test_a_target_that_cannot_be_split_is_refused(
+    model_type: str, ranks: int, reason: str, tmp_path: Path
+) -> None:
+    message = refused(save_checkpoint(tmp_path, model_type), tensor_parallel_size=ranks)
+    assert message.endswith(f"cannot be served with --tensor-parallel-size {ranks}: {reason}")
+
+
+def test_a_gguf_file_is_not_split(tmp_path: Path) -> None:
+    with pytest.raises(ModelLoadError, match=r"GGUF files are not split; give safetensors"):
+        refuse_split(Source(str(tmp_path), "model.gguf"), 2)
+
+
+def test_a_rank_has_its_share_of_the_cores_and_no_float16_layers() -> None:
+    cores = len(os.sched_getaffinity(0))
+    try:
+        place = choose_device("cpu", cores)
+        assert torch.get_num_threads() == 1
+    finally:
+        choose_device("cpu")
+    assert not choose_precision("float16", place, 2).float16_linear
+    assert "a split target has no float16" in choose_precision("auto", place, 2).note
 
 
 def test_pair_is_loaded_as_it_is_described(checkpoint: Path, cache_dir: Path) -> None:

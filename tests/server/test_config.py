@@ -253,6 +253,23 @@ def test_compute_threads_of_a_worker_sleep_unless_told_otherwise(monkeypatch: py
     assert worker_environment()["OMP_WAIT_POLICY"] == "ACTIVE"
 
 
+@pytest.mark.parametrize(
+    ("visible", "worker", "num_gpus", "seen"),
+    [
+        ("", 2, 1, "2"),
+        ("", 1, 2, "2,3"),
+        ("4,5,6,7", 1, 1, "5"),
+        ("4,5,6,7", 1, 2, "6,7"),
+        ("4,5", 1, 2, "4,5"),
+    ],
+)
+def test_each_of_several_workers_sees_its_gpus(
+    visible: str, worker: int, num_gpus: int, seen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert worker_environment(worker, 3, num_gpus)["CUDA_VISIBLE_DEVICES"] == seen
+
+
 def test_version_is_that_of_the_distribution() -> None:
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     assert project["version"] == __version__

@@ -149,7 +149,7 @@ class Gpus:
         self.values = values
 
     def supports_get_total_energy_consumption(self, index: int) -> bool:
-        return index == 1
+        return index >= 1
 
     def get_total_energy_consumption(self, index: int) -> int:
         value = self.values.pop(0)
@@ -160,6 +160,7 @@ class Gpus:
 
 def test_a_gpus_millijoules_become_microjoules() -> None:
     assert GpuSource(Gpus([]), 1, worker=2).devices == ("gpu:3",)
+    assert GpuSource(Gpus([5, 6]), 1, worker=2, count=2).read() == {"gpu:5": 5000, "gpu:6": 6000}
     source = GpuSource(Gpus([5, RuntimeError("GPU is lost"), 7]), 1)
     assert source.read() == {"gpu:1": 5000}
     with pytest.raises(EnergySourceError, match="GPU is lost"):

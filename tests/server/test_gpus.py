@@ -69,6 +69,8 @@ def test_the_count_comes_from_a_child(output: bytes, count: int, monkeypatch: py
         (["--num-workers", "1"], 4, 1),
         (["--num-workers", "2"], 0, 2),
         (["--device", "cpu"], 4, 1),
+        (["--tensor-parallel-size", "2"], 5, 2),
+        (["--tensor-parallel-size", "4"], 2, 1),
     ],
 )
 def test_one_worker_per_gpu_unless_told(
