@@ -137,7 +137,7 @@ def _run(pair: ModelPair, each: Pass, lengths: Tensor) -> None:
 
 
 def _key(pair: ModelPair, passes: list[Pass]) -> str:
-    """All that decides what a pass costs: models, device, threads, libraries, and this package's code."""
+    """All that decides what a pass costs: models, device, threads, ranks, libraries and this code."""
     digest = hashlib.sha256()
     for source in sorted(Path(__file__).parent.rglob("*.py")):
         digest.update(source.read_bytes())
@@ -146,7 +146,7 @@ def _key(pair: ModelPair, passes: list[Pass]) -> str:
         [model.module.config.to_dict() for model in pair.models.values()],
         [str(model.dtype) for model in pair.models.values()],
         [None if model.output_ids is None else len(model.output_ids) for model in pair.models.values()],
-        [_device_name(pair.device), torch.get_num_threads(), len(os.sched_getaffinity(0))],
+        [_device_name(pair.device), torch.get_num_threads(), len(os.sched_getaffinity(0)), pair.target.ranks],
         [torch.__version__, transformers.__version__],
         [passes, min(CONTEXT, pair.max_model_len // 2)],
     ]

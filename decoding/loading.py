@@ -127,6 +127,11 @@ def _max_model_len(modules: list[PreTrainedModel], wanted: int | None) -> int:
 
 def _split(source: Source, ranks: int, dtype: str, device: torch.device) -> Followers:
     refuse_split(source, ranks)
+    if device.type == "cpu" and torch.cuda.is_available():
+        raise ModelLoadError(
+            f"--tensor-parallel-size {ranks} takes GPUs where there are any; hide them with "
+            "CUDA_VISIBLE_DEVICES= to use --device cpu"
+        )
     if device.type == "cuda" and torch.cuda.device_count() < ranks:
         raise ModelLoadError(
             f"--tensor-parallel-size {ranks} needs as many GPUs, of which {torch.cuda.device_count()} are "

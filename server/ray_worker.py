@@ -45,6 +45,19 @@ def cores_per_worker(node_cores: Sequence[float], num_workers: int) -> int:
     return next(fitting, 1)
 
 
+def check_gpus(node_gpus: Sequence[float], num_gpus: int) -> None:
+    """A worker waits for a node with a free GPU, but `num_gpus` that no node has would never come.
+
+    Raises NoClusterError.
+    """
+    most = int(max(node_gpus, default=0))
+    if num_gpus > 1 and most < num_gpus:
+        raise NoClusterError(
+            f"--tensor-parallel-size {num_gpus}: no node of the cluster has more than {most} GPUs; "
+            "give a smaller number, or add a node"
+        )
+
+
 class RayCluster:
     """The cluster as this process sees it, joined once for all of its workers."""
 
@@ -88,13 +101,9 @@ class RayCluster:
                 f"({type(error).__name__}); start one with: ray start --head"
             ) from error
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        most_gpus = max((node.get("GPU", 0) for node in nodes), default=0)
-        if self._device == "cuda" or (self._device == "auto" and most_gpus >= 1):
-            if 1 <= most_gpus < self._num_gpus:
-                raise NoClusterError(
-                    f"--tensor-parallel-size {self._num_gpus}: no node of the cluster has more than "
-                    f"{most_gpus:.0f} GPUs; give a smaller number, or add a node"
-                )
+        node_gpus = [node.get("GPU", 0) for node in nodes]
+        if self._device == "cuda" or (self._device == "auto" and max(node_gpus, default=0) >= 1):
+            check_gpus(node_gpus, self._num_gpus)
             return {"num_gpus": self._num_gpus, "num_cpus": self._num_gpus}
         return {"num_cpus": cores_per_worker([node.get("CPU", 0) for node in nodes], self._num_workers)}
 

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import time
 from typing import Any
 
 import psutil
@@ -14,6 +15,7 @@ from tests.e2e.random_requests import METHODS
 pytestmark = pytest.mark.slow
 
 LOAD_SECONDS = 120.0
+TOLD_SECONDS = 10.0  # ten times the goal
 FLAGS = ("--dtype", "float32", "--no-speculative-config.adaptive")  # no costs to be measured
 
 
@@ -43,21 +45,21 @@ def addresses(pid: int) -> set[str]:
     return {place.ip for each in connections for place in (each.laddr, each.raddr) if place}
 
 
-def lose(server: RunningServer, rank: int) -> list[dict[str, Any]]:
-    """The last events of a stream whose worker loses a rank."""
-    lines = []
+def lose(server: RunningServer, rank: int) -> tuple[dict[str, Any], float]:
+    """The last event of a stream whose worker loses a rank, and the seconds until then."""
+    lines, killed = [], 0.0
     body = {"model": "tiny", "prompt": "x", "max_tokens": 400, "ignore_eos": True, "stream": True}
     with server.client() as client, client.stream("POST", "/v1/completions", json=body) as response:
         for line in response.iter_lines():
             if line and not lines:
                 os.kill(rank, signal.SIGKILL)
+                killed = time.monotonic()
             lines += [line] if line else []
     assert lines[-1] == "data: [DONE]"
-    events: list[dict[str, Any]] = [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
-    return events
+    return json.loads(lines[-2].removeprefix("data: ")), time.monotonic() - killed
 
 
-def test_two_ranks_serve_as_one_and_end_as_one(start: Start) -> None:
+def test_two_ranks_serve_as_one_and_end_as_one(start: Start, record_property: Any) -> None:
     with start(*FLAGS) as one:
         expected = texts(one)
         assert one.stop() == 0
@@ -66,7 +68,10 @@ def test_two_ranks_serve_as_one_and_end_as_one(start: Start) -> None:
         assert texts(split) == expected
         worker, rank = split.workers()[0], follower(split)
         assert addresses(worker) | addresses(rank.pid) == {"127.0.0.1"}
-        assert lose(split, rank.pid)[-1]["error"]["code"] == "worker_failed"
+        last, seconds = lose(split, rank.pid)
+        record_property("told of the death of rank 1 after seconds", round(seconds, 2))
+        assert last["error"]["code"] == "worker_failed"
+        assert seconds < TOLD_SECONDS
         until(lambda: not is_alive(worker))
         assert split.metric("mmtad_worker_restarts_total") == 1
         until(split.is_ready, LOAD_SECONDS)

@@ -92,7 +92,9 @@ def test_what_decides_costs_decides_the_file(pair: ModelPair, tmp_path: Path) ->
     other = llama_pair()
     other.description = "another"
     measure(other, tmp_path)
-    assert len(list((tmp_path / "costs").iterdir())) == 4
+    other.target.ranks = 2
+    measure(other, tmp_path)
+    assert len(list((tmp_path / "costs").iterdir())) == 5
 
 
 def test_folder_that_cannot_be_written_costs_only_time(

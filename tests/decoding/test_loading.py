@@ -164,6 +164,16 @@ def test_a_gguf_file_is_not_split(tmp_path: Path) -> None:
         refuse_split(Source(str(tmp_path), "model.gguf"), 2)
 
 
+def test_ranks_need_as_many_gpus(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert refused(checkpoint, device="cuda", tensor_parallel_size=2).startswith(
+        "--tensor-parallel-size 2 needs as many GPUs, of which 1 are visible; give a smaller number"
+    )
+    assert "hide them with CUDA_VISIBLE_DEVICES=" in refused(checkpoint, tensor_parallel_size=2)
+
+
 def test_a_rank_has_its_share_of_the_cores_and_no_float16_layers() -> None:
     cores = len(os.sched_getaffinity(0))
     try:

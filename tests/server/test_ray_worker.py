@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("ray", reason="Ray is not installed: pip install 'mmtad-server[ray]'")
 
 from server.messages import LoadCommand
-from server.ray_worker import RayCluster, cores_per_worker, with_whole_paths
+from server.ray_worker import NoClusterError, RayCluster, check_gpus, cores_per_worker, with_whole_paths
 
 
 @pytest.mark.parametrize(
@@ -28,6 +28,17 @@ def test_workers_get_as_many_whole_cores_as_all_can_have(
     node_cores: list[float], num_workers: int, cores: int
 ) -> None:
     assert cores_per_worker(node_cores, num_workers) == cores
+
+
+@pytest.mark.parametrize(("node_gpus", "num_gpus"), [([], 1), ([1.0], 1), ([1.0, 2.0], 2), ([8.0], 4)])
+def test_gpus_that_some_node_has_are_waited_for(node_gpus: list[float], num_gpus: int) -> None:
+    check_gpus(node_gpus, num_gpus)
+
+
+@pytest.mark.parametrize(("node_gpus", "num_gpus", "most"), [([], 2, 0), ([1.0, 1.0], 2, 1), ([4.0], 8, 4)])
+def test_gpus_that_no_node_has_are_told(node_gpus: list[float], num_gpus: int, most: int) -> None:
+    with pytest.raises(NoClusterError, match=rf"size {num_gpus}: no node .* more than {most} GPUs; give a"):
+        check_gpus(node_gpus, num_gpus)
 
 
 def test_a_folder_is_named_from_the_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
