@@ -14,7 +14,6 @@ from tokenizers import Tokenizer
 
 from decoding import ModelLoadError, ModelPair, load_model_pair, loading
 from decoding.checkpoint import Source, refuse_split
-from decoding.precision import choose_device, choose_precision
 from tests.decoding.checkpoints import VOCAB_SIZE, random_model, save_checkpoint, save_tokenizer
 
 Change = Callable[[Path], None]
@@ -172,17 +171,6 @@ def test_ranks_need_as_many_gpus(checkpoint: Path, monkeypatch: pytest.MonkeyPat
         "--tensor-parallel-size 2 needs as many GPUs, of which 1 are visible; give a smaller number"
     )
     assert "hide them with CUDA_VISIBLE_DEVICES=" in refused(checkpoint, tensor_parallel_size=2)
-
-
-def test_a_rank_has_its_share_of_the_cores_and_no_float16_layers() -> None:
-    cores = len(os.sched_getaffinity(0))
-    try:
-        place = choose_device("cpu", cores)
-        assert torch.get_num_threads() == 1
-    finally:
-        choose_device("cpu")
-    assert not choose_precision("float16", place, 2).float16_linear
-    assert "a split target has no float16" in choose_precision("auto", place, 2).note
 
 
 def test_pair_is_loaded_as_it_is_described(checkpoint: Path, cache_dir: Path) -> None:

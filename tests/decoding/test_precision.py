@@ -43,3 +43,20 @@ def test_a_worker_keeps_to_the_threads_that_it_was_given(monkeypatch: pytest.Mon
     monkeypatch.delenv("OMP_NUM_THREADS")
     choose_device("cpu")
     assert asked == [len(os.sched_getaffinity(0))]
+
+
+def test_a_rank_has_its_share_of_the_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    choose_device("cpu", 2)
+    choose_device("cpu", 8)
+    assert asked == [2, 1]
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float16"])
+def test_a_split_target_has_no_float16_layers(dtype: str) -> None:
+    chosen = choose_precision(dtype, torch.device("cpu"), 2)
+    assert (chosen.dtype, chosen.float16_linear) == (torch.float32, False)
+    assert "a split target has no float16" in chosen.note
