@@ -47,7 +47,8 @@ def addresses(pid: int) -> set[str]:
 
 def lose(server: RunningServer, rank: int) -> tuple[dict[str, Any], float]:
     """The last event of a stream whose worker loses a rank, and the seconds until then."""
-    lines, killed = [], 0.0
+    lines: list[str] = []
+    killed = 0.0
     body = {"model": "tiny", "prompt": "x", "max_tokens": 400, "ignore_eos": True, "stream": True}
     with server.client() as client, client.stream("POST", "/v1/completions", json=body) as response:
         for line in response.iter_lines():

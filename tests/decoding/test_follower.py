@@ -6,20 +6,21 @@ import os
 import queue
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from decoding import follower
+from decoding import ModelLoadError, follower
 from decoding.follower import ShareOfModel, read_orders
 from decoding.followers import Followers, LeadingModel
-from decoding.ranks import Order, ShareOfCache
+from decoding.ranks import Order, Share, ShareOfCache
 from decoding.token_tree import TokenTree
 from tests.decoding.tiny import CPU, VOCAB, tiny_llama
 
-SETTINGS = {"rows": 3, "max_model_len": 96, "vocab_size": VOCAB}
+SETTINGS: dict[str, Any] = {"rows": 3, "max_model_len": 96, "vocab_size": VOCAB}
 
 
 class Recorder(Followers):
@@ -84,3 +85,53 @@ def test_the_end_of_the_pipe_ends_the_process(monkeypatch: pytest.MonkeyPatch) -
         read_orders(lines, orders)
     assert end.value.code == 0
     assert orders.get(block=False) == Order("clear_row", [0, 4, 1, 2], [])
+
+
+SHARE = Share(1, 2, 3, "some/model", "float32", "cpu")
+
+
+class RankZeroIsGoneError(Exception):
+    """In the place of an order that never comes."""
+
+
+class NoOrders(queue.SimpleQueue[Order]):
+    def get(self, block: bool = True, timeout: float | None = None) -> Order:
+        raise RankZeroIsGoneError
+
+
+@pytest.mark.parametrize("reason", ["", "cannot load the model; check the path"])
+def test_a_rank_says_how_its_load_ended(reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: dict[str, str] = {}
+
+    def load_module(*_: Any) -> None:
+        if reason:
+            raise ModelLoadError(reason)
+
+    monkeypatch.setattr(follower, "join", lambda share: SimpleNamespace(set=said.__setitem__))
+    monkeypatch.setattr(follower, "load_module", load_module)
+    with pytest.raises(RankZeroIsGoneError):
+        follower.load(SHARE, NoOrders())
+    assert said == {"loaded 1": reason}
+
+
+def test_a_rank_that_fails_gives_rank_0_the_time_to_say_why(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    slept: list[float] = []
+
+    def leave(status: int) -> None:
+        raise SystemExit(status)
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(os, "_exit", leave)
+    monkeypatch.setattr("sys.stdin", io.StringIO(SHARE.to_line()))
+    monkeypatch.setattr("time.sleep", slept.append)
+    monkeypatch.setattr(follower, "read_orders", lambda *_: None)
+    monkeypatch.setattr(follower, "load", fail)
+    with pytest.raises(SystemExit) as end:
+        follower.main()
+    assert (end.value.code, slept) == (follower.EXIT_FAILED, [follower.GRACE_SECONDS])
+    assert "rank 1 failed" in caplog.text
+    assert "no memory" in caplog.text
