@@ -1,7 +1,6 @@
 """Where a pair runs and how its weights are held: device, threads, number types."""
 
 import contextlib
-import os
 from dataclasses import dataclass
 
 import torch
@@ -23,8 +22,10 @@ class Precision:
 
 
 def choose_device(name: str, ranks: int = 1) -> torch.device:
-    """The device that `name` of `DEVICES` means here; of a CPU every core that this process may use, or as
-    many as `OMP_NUM_THREADS` says, divided among `ranks` processes.
+    """The device that `name` of `DEVICES` means here.
+
+    On a CPU torch computes with every core that this process may use, or as many as `OMP_NUM_THREADS` says;
+    `ranks` processes of one target divide them.
 
     Raises:
         ModelLoadError: no such name, or no such device.
@@ -36,14 +37,11 @@ def choose_device(name: str, ranks: int = 1) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise ModelLoadError("device 'cuda' is not available here; use --device cpu")
     if name == "cpu":
-        _use_cores(ranks)
+        _share_cores(ranks)
     return torch.device(name)
 
 
-def _use_cores(ranks: int) -> None:
-    # Of several workers on one machine each is told its share.
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(len(os.sched_getaffinity(0)))
+def _share_cores(ranks: int) -> None:
     if ranks > 1:
         torch.set_num_threads(max(1, torch.get_num_threads() // ranks))
     # Allowed once per process, before the first parallel work; later pairs keep what the first one set.

@@ -1,6 +1,8 @@
 """What a type of numbers means on a processor that may not have it."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -33,23 +35,24 @@ def test_processor_without_float16_layers_computes_in_float32(
     assert (chosen.dtype, chosen.float16_linear) == (torch.float32, False)
 
 
-def test_a_worker_keeps_to_the_threads_that_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("threads", [None, "1"])
+def test_a_pair_keeps_to_the_threads_that_it_was_given(threads: str | None) -> None:
     """Or several workers on one machine would each take every core."""
-    asked: list[int] = []
-    monkeypatch.setattr(torch, "set_num_threads", asked.append)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    choose_device("cpu")
-    assert asked == []
-    monkeypatch.delenv("OMP_NUM_THREADS")
-    choose_device("cpu")
-    assert asked == [len(os.sched_getaffinity(0))]
+    program = (
+        "import torch; from decoding.precision import *; choose_device('cpu'); print(torch.get_num_threads())"
+    )
+    given = {} if threads is None else {"OMP_NUM_THREADS": threads}
+    environment = {name: each for name, each in os.environ.items() if name != "OMP_NUM_THREADS"} | given
+    told = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+    )
+    assert int(told.stdout) == int(threads or len(os.sched_getaffinity(0)))
 
 
 def test_a_rank_has_its_share_of_the_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
     monkeypatch.setattr(torch, "set_num_threads", asked.append)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
-    monkeypatch.setenv("OMP_NUM_THREADS", "5")
     choose_device("cpu", 2)
     choose_device("cpu", 8)
     assert asked == [2, 1]
