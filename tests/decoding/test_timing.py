@@ -22,7 +22,8 @@ def sequence(name: str, method: str, prompt: list[int], max_tokens: int = 8) -> 
 def test_a_step_says_which_model_ran_for_whom(method: str) -> None:
     engine = Engine(llama_pair(), max_num_seqs=4, prefill_chunk=4)
     for name in "ab":
-        engine.add(sequence(name, method, [ord(name) - ord("a"), 2, 3, 4, 5, 6, 7]))
+        # Long enough that neither ends before the other's prompt, whose chunks wait by the clock, is there.
+        engine.add(sequence(name, method, [ord(name) - ord("a"), 2, 3, 4, 5, 6, 7], max_tokens=40))
     target, draft = method != "draft", method not in ("target", "mtjd")
     roles = {role for role, runs in (("target", target), ("draft", draft)) if runs}
     seen = []
