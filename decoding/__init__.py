@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from decoding.cost_measurement import load_costs
     from decoding.embedded import prepare_embedded_pair
     from decoding.engine import Engine
+    from decoding.graph_warmup import record_graphs
     from decoding.loading import load_model_pair
     from decoding.model_pair import ModelPair
     from decoding.policy import Policy
@@ -40,6 +41,7 @@ _LAZY = {
     "ModelPair": "decoding.model_pair",
     "load_model_pair": "decoding.loading",
     "prepare_embedded_pair": "decoding.embedded",
+    "record_graphs": "decoding.graph_warmup",
 }
 
 __all__ = [
@@ -68,6 +70,7 @@ __all__ = [
     "load_costs",
     "load_model_pair",
     "prepare_embedded_pair",
+    "record_graphs",
 ]
 
 

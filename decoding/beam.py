@@ -44,36 +44,41 @@ class _Candidates:
 def propose_tree(draft: CausalModel, batch: Batch) -> tuple[TokenTree, Beams]:
     """The draft's beams as a tree, its last committed token caught up on; see `beam_search`."""
     logits = draft.catch_up(batch.rows, batch.lengths, batch.last_tokens)[:, None]
-    tree, beams, _ = beam_search(draft, batch, logits, num_offered=CANDIDATES_PER_BEAM)
-    return tree, beams
+    return beam_search(draft, batch, logits, num_offered=CANDIDATES_PER_BEAM)
 
 
 def beam_search(
-    model: CausalModel, batch: Batch, logits: Tensor, *, num_offered: int
-) -> tuple[TokenTree, Beams, list[Tensor]]:
+    model: CausalModel,
+    batch: Batch,
+    logits: Tensor,
+    *,
+    num_offered: int,
+    levels: list[Tensor] | None = None,
+) -> tuple[TokenTree, Beams]:
     """Search `batch.depth` levels of `batch.width` beams over one model; keep every beam as a node.
 
     Nodes of depth d are 1 + (d - 1) * width onwards. A beam that ended, or that reached the row's own
     limit, stays in the beam with unchanged score; its slots at later depths are padding. `logits`
     `[rows, 1, vocab]` are the root's; each beam offers its `num_offered` likeliest tokens. Returns the
-    tree, the final beams and the logits of each level's parents, `[rows, beams, vocab]`.
+    tree and the final beams; `levels` takes the logits of each level's parents, `[rows, beams, vocab]`.
     (Qin et al. 2025; sampling is a Plackett-Luce draw by Gumbel-top-k.)
     """
     width, limits, streams = batch.width, batch.limits, batch.streams
     tree = TokenTree.of_roots(batch.roots, 1 + batch.depth * width)
     beams = Beams(tree.parents[:, :1], tree.draft_log_probs[:, :1])
-    levels = [logits]
     for depth in range(1, batch.depth + 1):
         parent = max(1 + (depth - 2) * width, 0)
         if depth > 1:
-            levels.append(model.forward(batch.rows, batch.lengths, tree, first=parent, count=width))
-        tree.note_finite(levels[-1])
+            logits = model.forward(batch.rows, batch.lengths, tree, first=parent, count=width)
+        if levels is not None:
+            levels.append(logits.clone())  # the model's next pass may use their memory again
+        tree.note_finite(logits)
         frozen = tree.ended.gather(1, beams.nodes) | (depth > limits)[:, None]
-        log_probs = batch.log_probs(levels[-1], tree, parent, point_mass=False)
+        log_probs = batch.log_probs(logits, tree, parent, point_mass=False)
         candidates = _candidates(tree, beams, frozen, log_probs, num_offered)
         chosen = candidates.take(_ranking(candidates, batch, streams, depth)[:, :width])
         beams = _extend(tree, chosen, frozen.gather(1, chosen.beams), batch, depth)
-    return tree, beams, levels
+    return tree, beams
 
 
 def _candidates(

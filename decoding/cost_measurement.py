@@ -146,6 +146,7 @@ def _key(pair: ModelPair, passes: list[Pass]) -> str:
         [model.module.config.to_dict() for model in pair.models.values()],
         [str(model.dtype) for model in pair.models.values()],
         [None if model.output_ids is None else len(model.output_ids) for model in pair.models.values()],
+        [model.graphs is not None and model.graphs.enabled for model in pair.models.values()],
         [_device_name(pair.device), torch.get_num_threads(), len(os.sched_getaffinity(0)), pair.target.ranks],
         [torch.__version__, transformers.__version__],
         [passes, min(CONTEXT, pair.max_model_len // 2)],

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from decoding.attention import ATTENTION_NAME, fold_mask, register_attention
 from decoding.config import MAX_TREE_NODES
+from decoding.graphs import PassGraphs, Recorder
 from decoding.kv_cache import KVCache
 from decoding.passes import Pass
 from decoding.timing import PassTimer
@@ -45,7 +46,7 @@ class CausalModel:
         self.timer = PassTimer(device)
         self.vocab_size = vocab_size
         self.output_ids = None if output_ids is None else output_ids.to(device)
-        self._max_model_len = max_model_len
+        self.max_model_len = max_model_len
         config = module.config.get_text_config()
         self.dtype = module.dtype
         kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
@@ -63,6 +64,14 @@ class CausalModel:
         self._window: int | None = getattr(config, "sliding_window", None)
         names = inspect.signature(module.forward).parameters
         self._cache_keyword = "cache" if "cache" in names else "past_key_values"
+        self.graphs: PassGraphs | None = None
+
+    def use_graphs(self, recorder: Recorder) -> PassGraphs:
+        """From now on replay the passes of trees, whose shapes are few, from graphs of `recorder`."""
+        self.graphs = PassGraphs(
+            self._logits, self.cache, recorder, vocab_size=self.vocab_size, dtype=self.dtype
+        )
+        return self.graphs
 
     @torch.inference_mode()
     def prefill(self, row: int, token_ids: list[int], *, keep: int = 1) -> Tensor:
@@ -99,10 +108,10 @@ class CausalModel:
         """Run `count` nodes of `tree` from node `first` on; earlier nodes must have been run already.
 
         `lengths` `[rows]` are committed columns on the device. Returns logits `[rows, count, vocab]`, or
-        only those of the last `keep` nodes.
+        only those of the last `keep` nodes, in memory that the model's next pass may use again.
         """
         end = tree.num_nodes if count is None else first + count
-        live = self.cache.live_length(rows, tree.num_nodes)
+        live = self._live_length(rows, tree.num_nodes)
         nodes = torch.arange(end, device=self.device)
         columns = lengths[:, None] + nodes
         keys = torch.arange(live, device=self.device)
@@ -110,8 +119,9 @@ class CausalModel:
         mask = (keys < lengths[:, None])[:, None, :].repeat(1, end - first, 1)
         mask.scatter_(2, columns[:, None, :].expand(-1, end - first, -1), ancestors)
         # Nodes that are only padding may lie behind the context, where learned positions end.
-        positions = (lengths[:, None] + tree.depths[:, :end]).clamp(max=self._max_model_len - 1)
-        return self._run(
+        positions = (lengths[:, None] + tree.depths[:, :end]).clamp(max=self.max_model_len - 1)
+        run = self._replay if keep is None else self._run  # gaps are of any length, so of any shape
+        return run(
             rows,
             Pass(
                 token_ids=tree.token_ids[:, first:end],
@@ -127,14 +137,14 @@ class CausalModel:
         """Run the last committed token again and then the root; logits `[rows, vocab]` of the root.
 
         The draft never ran the deepest level of its own tree, so the last committed column may be
-        missing; running it always keeps the shape fixed at two tokens.
+        missing; running it always keeps the shape fixed at two tokens. The memory is as in `forward`.
         """
-        live = self.cache.live_length(rows, 1)
+        live = self._live_length(rows, 1)
         before = (lengths - 1).clamp(min=0)
         positions = torch.stack([before, lengths], dim=1)
         first_column = torch.where(lengths > 0, before, self.cache.trash_column)
         keys = torch.arange(live, device=self.device)
-        logits = self._run(
+        logits = self._replay(
             rows,
             Pass(
                 token_ids=last_tokens,
@@ -164,21 +174,35 @@ class CausalModel:
             self.module.set_attn_implementation(ATTENTION_NAME)
         return logits[0, -1, : self.vocab_size].float()
 
-    @torch.no_grad()
-    def _run(self, rows: slice, inputs: Pass, keep: int) -> Tensor:
-        self.cache.begin_pass(rows, inputs.columns, inputs.mask.shape[-1])
+    def _live_length(self, rows: slice, num_new: int) -> int:
+        live = self.cache.live_length(rows, num_new)
+        return live if self.graphs is None else self.graphs.live_length(live)
+
+    def _replay(self, rows: slice, inputs: Pass, keep: int) -> Tensor:
+        """The pass from its graph, where it has one."""
+        graph = None if self.graphs is None else self.graphs.find(rows, inputs, keep)
+        if graph is None:
+            return self._run(rows, inputs, keep)
         with self.timer.passing():
-            output = self.module(
-                input_ids=inputs.token_ids,
-                position_ids=inputs.positions,
-                attention_mask=self._masks(inputs),
-                use_cache=True,
-                logits_to_keep=keep,
-                **{self._cache_keyword: self.cache},
-            )
-        logits: Tensor = output.logits
-        logits = logits[:, -keep:, : self.vocab_size]
-        logits = logits if logits.dtype == torch.float64 else logits.float()
+            return graph.replay(rows, inputs)
+
+    def _run(self, rows: slice, inputs: Pass, keep: int) -> Tensor:
+        with self.timer.passing():
+            logits = self._logits(rows, inputs, keep)
+        return logits if logits.dtype == torch.float64 else logits.float()
+
+    @torch.no_grad()
+    def _logits(self, rows: slice, inputs: Pass, keep: int) -> Tensor:
+        self.cache.begin_pass(rows, inputs.columns, inputs.mask.shape[-1])
+        output = self.module(
+            input_ids=inputs.token_ids,
+            position_ids=inputs.positions,
+            attention_mask=self._masks(inputs),
+            use_cache=True,
+            logits_to_keep=keep,
+            **{self._cache_keyword: self.cache},
+        )
+        logits: Tensor = output.logits[:, -keep:, : self.vocab_size]
         return logits if self.output_ids is None else self._spread(logits, self.output_ids)
 
     def _spread(self, logits: Tensor, output_ids: Tensor) -> Tensor:

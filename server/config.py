@@ -69,6 +69,9 @@ class ServerConfig(NetworkConfig, BaseSettings):
     enable_prefix_caching: CliDualFlag[bool] = Field(
         default=True, description="Whether prompts that begin alike share what the caches hold of them."
     )
+    enforce_eager: CliDualFlag[bool] = Field(
+        default=False, description="On a GPU, run every pass as it is, without captured graphs."
+    )
     worker_backend: Literal["local", "ray"] = Field(
         default="local", description="Where workers run: on this machine, or on the nodes of a Ray cluster."
     )

@@ -33,7 +33,8 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True, forbid_unknow
 class LoadCommand(Message, frozen=True, kw_only=True):
     """The pair to load; `target` None means the embedded pair. `worker` counts from 0.
 
-    `speculation` holds the largest depth and width of sequences whose shape may change from step to step.
+    `decoding` is how sequences are decoded unless they say otherwise; where it is adaptive, it holds the
+    largest depth and width of their steps.
     """
 
     target: str | None
@@ -47,7 +48,8 @@ class LoadCommand(Message, frozen=True, kw_only=True):
     num_workers: int = 1
     tensor_parallel_size: int = 1
     energy_source: str = "none"
-    speculation: DecodingConfig | None = None
+    enforce_eager: bool = False
+    decoding: DecodingConfig = DecodingConfig(method="target")
 
 
 class GenerateCommand(Message, frozen=True, kw_only=True):

@@ -29,6 +29,7 @@ LOADED_SETTINGS = (
     "max_model_len",
     "max_num_seqs",
     "enable_prefix_caching",
+    "enforce_eager",
     "num_workers",
     "tensor_parallel_size",
     "energy_source",
@@ -41,7 +42,7 @@ def load_command(config: ServerConfig, index: int) -> LoadCommand:
         target=config.model,
         draft=config.speculative_config.model,
         worker=index,
-        speculation=config.decoding if config.decoding.adaptive else None,
+        decoding=config.decoding,
         **{name: getattr(config, name) for name in LOADED_SETTINGS},
     )
 

@@ -105,6 +105,7 @@ def load_engine(command: LoadCommand, outbox: Outbox) -> Loaded:
     outbox.put(LoadingEvent(stage="models"))
     outbox.flush(wait=True)
     pair = load_pair(command)
+    record_graphs(command, pair, outbox)
     engine: EngineLike = decoding.Engine(
         pair,
         max_num_seqs=command.max_num_seqs,
@@ -117,10 +118,21 @@ def load_engine(command: LoadCommand, outbox: Outbox) -> Loaded:
     return Loaded(engine, source)
 
 
+def record_graphs(command: LoadCommand, pair: "ModelPair", outbox: Outbox) -> None:
+    """On a GPU, passes are replayed from graphs unless that was refused."""
+    if command.enforce_eager or pair.device.type == "cpu":
+        return
+    outbox.put(LoadingEvent(stage="graphs"))
+    outbox.flush(wait=True)
+    started = time.monotonic()
+    graphs = decoding.record_graphs(pair, command.decoding)
+    log.info("graphs_recorded", graphs=graphs, seconds=round(time.monotonic() - started, 1))
+
+
 def make_policy(command: LoadCommand, pair: "ModelPair", outbox: Outbox) -> "Policy | None":
     """What chooses the shapes of steps, once it is known what they cost here."""
-    largest = command.speculation
-    if largest is None or not pair.has_draft:
+    largest = command.decoding
+    if not largest.adaptive or not pair.has_draft:
         return None
     outbox.put(LoadingEvent(stage="costs"))
     outbox.flush(wait=True)

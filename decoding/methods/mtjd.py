@@ -20,7 +20,8 @@ class MTJD:
         target, lengths = pair.target, batch.lengths
         root = TokenTree.of_roots(batch.roots, 1)
         logits = target.forward(batch.rows, lengths, root)
-        tree, beams, levels = beam_search(target, batch, logits, num_offered=pair.vocab_size)
+        levels: list[Tensor] = []
+        tree, beams = beam_search(target, batch, logits, num_offered=pair.vocab_size, levels=levels)
         path = tree.path(beams.best(), batch.depth)
         token_ids, num_tokens = tree.token_ids.gather(1, path), (path > 0).sum(1)
         at_parents = _parent_logits(levels, path, batch.width).log_softmax(-1)

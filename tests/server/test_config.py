@@ -232,6 +232,11 @@ def test_prefix_caching_reaches_the_worker(flag: bool) -> None:
     assert load_command(load_config(arguments), 0).enable_prefix_caching == flag
 
 
+@pytest.mark.parametrize("arguments", [[], ["--enforce-eager"], ["--no-enforce-eager"]])
+def test_enforce_eager_reaches_the_worker(arguments: list[str]) -> None:
+    assert load_command(load_config(arguments), 0).enforce_eager == (arguments == ["--enforce-eager"])
+
+
 def test_literals_are_those_of_decoding() -> None:
     assert set(MethodName.__args__) == set(METHODS)  # type: ignore[attr-defined]
     assert set(Acceptance.__args__) == set(ACCEPTANCES)  # type: ignore[attr-defined]
