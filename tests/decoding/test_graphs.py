@@ -166,6 +166,11 @@ def test_not_more_graphs_than_the_bound() -> None:
     assert len(twins.graphs) == 1
 
 
+def test_the_row_of_prompts_is_never_padding() -> None:
+    graphs = Twins(tiny_llama).graphs
+    assert graphs.row_buckets == [1, 2, 4, 5]
+
+
 def test_passes_of_too_many_tokens_do_not_fit() -> None:
     graphs = Twins(tiny_llama).graphs
     assert graphs.fits(Shape(4, 256, 64, 1))
