@@ -10,8 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from decoding import ModelPair
+from tests.decoding.host_reads import host_read
 
-HOST_READS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "unique_dim")
 Call = tuple[Any, tuple[Any, ...], dict[str, Any], Any]
 
 
@@ -27,8 +27,8 @@ class Tape(TorchDispatchMode):
         self.calls: list[Call] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.overloadpacket.__name__ in HOST_READS:
-            raise RuntimeError(f"{func} is not permitted when the stream is capturing")
+        if read := host_read(func, args):
+            raise RuntimeError(f"{read} is not permitted when the stream is capturing")
         result = func(*args, **(kwargs or {}))
         self.calls.append((func, args, kwargs or {}, result))
         return result
