@@ -20,7 +20,7 @@ from benchmarks.pairs import linear_bytes, num_parameters
 from benchmarks.speed import measure_speed
 from benchmarks.synthetic import synthetic_acceptance
 from benchmarks.table import describe, describe_speed, environment, finite, header, line
-from decoding import DecodingConfig, ModelPair
+from decoding import DecodingConfig, ModelPair, record_graphs
 from decoding.fused import fuse_layers
 from decoding.linear import apply_float16_linear, float16_linear_available
 from decoding.model import CausalModel
@@ -191,6 +191,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--block-efficiencies", type=float, nargs="+", default=[2.0, 3.0, 4.0])
     group.add_argument("--batches", type=int, nargs="+", default=[1])
     group.add_argument("--prompt-length", type=int, default=64)
+    group.add_argument("--enforce-eager", action="store_true", help="no captured graphs on a GPU")
 
 
 def run(arguments: argparse.Namespace, show: Callable[[str], None]) -> dict[str, Any]:
@@ -200,6 +201,8 @@ def run(arguments: argparse.Namespace, show: Callable[[str], None]) -> dict[str,
         ValueError: a block efficiency below 1, or more tokens than fit into the context.
     """
     pair = load_shapes(arguments.shapes, rows=max(arguments.batches))
+    if not arguments.enforce_eager:
+        record_graphs(pair, DecodingConfig(method="target"))  # the others when they come up
     if arguments.prompt_length + arguments.max_tokens > pair.max_model_len:
         raise ValueError(f"--prompt-length and --max-tokens exceed {pair.max_model_len} tokens together")
     document: dict[str, Any] = {"settings": vars(arguments), "costs": [], "rows": []}

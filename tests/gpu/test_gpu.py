@@ -1,13 +1,18 @@
 """The same engine on CUDA: needs torch, transformers, safetensors and random weights, nothing else."""
 
+import copy
 import random
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from decoding import Engine, ModelPair
+from benchmarks import decode
+from benchmarks.shapes import SHAPES, load_shapes
+from decoding import DecodingConfig, Engine, ModelPair, record_graphs
 from decoding.methods import METHODS_BY_NAME
 from decoding.model import CausalModel
 from decoding.probe import probe_tree
@@ -42,6 +47,76 @@ def pair() -> ModelPair:
     target = small_llama()
     settings: dict[str, Any] = {"vocab_size": VOCAB, "rows": 9, "max_model_len": 256}
     return make_pair(target, perturbed(target, 0.05), device=torch.device("cuda"), **settings)
+
+
+def replaying(pair: ModelPair, config: DecodingConfig | None = None) -> ModelPair:
+    """The same models in a pair whose passes are replayed, which the other one's then are not."""
+    models = {role: copy.copy(model) for role, model in pair.models.items()}
+    pair = replace(pair, target=models["target"], draft=models["draft"])
+    record_graphs(pair, config or DecodingConfig(method="target"))
+    return pair
+
+
+def num_graphs(pair: ModelPair) -> int:
+    graphs = [model.graphs for model in pair.models.values() if model.graphs is not None]
+    assert len(graphs) == 2
+    assert all(each.enabled for each in graphs), "recording failed: the warning says why"
+    return sum(map(len, graphs))
+
+
+@pytest.mark.parametrize("fields", [{"temperature": 0}, {"temperature": 0.9, "top_k": 20}], ids=str)
+@pytest.mark.parametrize("method", METHODS)
+def test_text_is_the_same_with_graphs(method: Any, fields: dict[str, Any], pair: ModelPair) -> None:
+    """Twelve texts of different lengths in eight rows; float32, up to rounding, eleven of them equal."""
+
+    def run(pair: ModelPair) -> dict[str, Text]:
+        engine = Engine(pair, 8, prefill_chunk=32)
+        for n in range(12):
+            settings = {"max_tokens": 8 + 3 * n, "seed": n, "ignore_eos": True, **fields}
+            engine.add(request(str(n), [n + 1] * (1 + 5 * n), method, **settings))
+        return drain(engine, check=True)
+
+    recorded = replaying(pair, DecodingConfig(method=method))
+    expected, found = run(pair), run(recorded)
+    assert sum(found[name].token_ids == text.token_ids for name, text in expected.items()) >= 11
+    assert num_graphs(recorded)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_graphs_are_recorded_in_every_number_type(dtype: torch.dtype) -> None:
+    settings: dict[str, Any] = {"vocab_size": VOCAB, "rows": 9, "max_model_len": 600}
+    module = small_llama(dtype)
+    pair = make_pair(module, small_llama(dtype), device=torch.device("cuda"), **settings)
+    assert record_graphs(pair, DecodingConfig(method="mmtad", adaptive=True)) == num_graphs(pair) > 80
+
+
+def test_graphs_share_one_pool_of_memory() -> None:
+    """A graph costs its launches and its inputs, not the memory that its pass needs."""
+    pair = load_shapes("smollm2-360m-2-layers", rows=16)
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    record_graphs(pair, DecodingConfig(method="mmtad", adaptive=True))
+    num_recorded = num_graphs(pair)
+    torch.cuda.empty_cache()
+    added = torch.cuda.memory_reserved() - before
+    largest = 16 * 17 * pair.vocab_size * 4  # bytes of the logits of a whole batch's trees
+    assert added < 16 * largest < num_recorded * largest / 5, f"{num_recorded} graphs, {added} bytes"
+
+
+@pytest.mark.parametrize("shapes", SHAPES)
+def test_pair_s_with_and_without_graphs(shapes: str, record_property: Callable[[str, object], None]) -> None:
+    """Step times and S of both as properties; graphs make no step slower. Batch 1, block efficiency 3."""
+    if torch.cuda.get_device_properties(0).total_memory < 40e9:
+        pytest.skip("needs 40 GB")
+    rows = []
+    for flags in (["--enforce-eager"], []):
+        arguments = ["--pair", "S", "--shapes", shapes, "--block-efficiencies", "3", "--repeats", "3", *flags]
+        rows.append(decode.run(decode.parse_arguments(arguments), lambda text: None)["rows"])
+    for eager, captured in zip(*rows, strict=True):
+        steps, speed_ups = [[row[name] for row in (eager, captured)] for name in ("step_ms", "S")]
+        record_property(f"{shapes} {eager['method']}: ms per step, eager and captured", steps)
+        record_property(f"{shapes} {eager['method']}: S, eager and captured", speed_ups)
+        assert steps[1] < 1.05 * steps[0]
 
 
 @pytest.mark.parametrize(
@@ -132,14 +207,18 @@ def test_tree_probe_passes(dtype: torch.dtype) -> None:
     probe_tree(model)
 
 
+@pytest.mark.parametrize("graphs", [False, True], ids=["eager", "graphs"])
 @pytest.mark.parametrize("method", METHODS)
-def test_step_never_waits_for_the_device(method: str, pair: ModelPair) -> None:
+def test_step_never_waits_for_the_device(method: str, graphs: bool, pair: ModelPair) -> None:
     """Any synchronisation but the engine's one copy raises."""
+    if graphs:
+        pair = replaying(pair)
     engine = Engine(pair, 8)
     for n in range(4):
         fields = {"top_k": 5, "num_top_log_probs": n} | (ADJUSTING["all"] if n % 2 else {})
         engine.add(request(str(n), [n, 3, 5], method, max_tokens=24, seed=n, ignore_eos=True, **fields))
     engine.step()
+    engine.step()  # all graphs are recorded
     (batch,) = engine._batches.values()
     torch.cuda.set_sync_debug_mode("error")
     try:
