@@ -38,6 +38,7 @@ JOINT = "tests/decoding/test_acceptance.py -k proof_02"
 ENGINE = "tests/decoding/test_engine.py"
 MMTAD = "tests/decoding/methods/test_mmtad.py"
 PREFIX = "tests/decoding/test_prefix_cache.py"
+GRAPHS = "tests/decoding/test_graphs.py tests/decoding/test_passes.py"
 
 MUTATIONS = (
     Mutation(
@@ -232,6 +233,55 @@ MUTATIONS = (
         "        self._tokens[destination, :length] = self._tokens[source, :length]\n",
         "",
         PREFIX,
+    ),
+    Mutation(
+        "a method holds logits in memory that the next pass uses",
+        "decoding/beam.py",
+        "levels.append(logits.clone())",
+        "levels.append(logits)",
+        GRAPHS,
+    ),
+    Mutation(
+        "rows that are padding write over columns of others",
+        "decoding/passes.py",
+        "self.columns.fill_(trash_column)",
+        "self.columns.zero_()",
+        GRAPHS,
+    ),
+    Mutation(
+        "rows that a graph filled before are not padding again",
+        "decoding/graphs.py",
+        "if rows != self._filled:",
+        "if self._filled is None:",
+        GRAPHS,
+    ),
+    Mutation(
+        "a replay does not get the positions of the columns",
+        "decoding/passes.py",
+        "        self.key_positions[rows] = other.key_positions\n",
+        "",
+        GRAPHS,
+    ),
+    Mutation(
+        "the logits of a group are those of the first rows",
+        "decoding/graphs.py",
+        "return self.logits[rows]",
+        "return self.logits[: rows.stop - rows.start]",
+        GRAPHS,
+    ),
+    Mutation(
+        "the row where prompts are prefilled is padding",
+        "decoding/graphs.py",
+        "_doubling(1, cache.rows - 1)",
+        "_doubling(1, cache.rows)",
+        GRAPHS,
+    ),
+    Mutation(
+        "a recording that gives nothing is taken for right",
+        "decoding/graphs.py",
+        "        self.logits.fill_(math.nan)\n",
+        "",
+        GRAPHS,
     ),
 )
 
