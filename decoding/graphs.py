@@ -47,12 +47,12 @@ class CudaRecorder:
         # The outer context restores the stream where a recording that failed does not.
         with torch.cuda.stream(self._stream):
             work()  # loads kernels and takes workspaces, which a recording cannot
+            current.wait_stream(self._stream)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(
                 graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
             ):
                 work()
-        current.wait_stream(self._stream)
         return graph.replay
 
 
