@@ -33,8 +33,7 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True, forbid_unknow
 class LoadCommand(Message, frozen=True, kw_only=True):
     """The pair to load; `target` None means the embedded pair. `worker` counts from 0.
 
-    `decoding` is how sequences are decoded unless they say otherwise; where it is adaptive, it holds the
-    largest depth and width of their steps.
+    `decoding` is how sequences are decoded that say nothing: adaptive, in steps of at most that shape.
     """
 
     target: str | None
