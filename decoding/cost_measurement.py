@@ -1,5 +1,6 @@
 """Measures what passes of a pair cost here, and keeps it on disk."""
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 import transformers
+from filelock import FileLock
 from torch import Tensor
 
 from decoding.beam import CANDIDATES_PER_BEAM
@@ -24,6 +26,7 @@ from decoding.timing import cost_clock
 from decoding.token_tree import TokenTree
 
 MEASURED_SECONDS = 15.0
+MOST_WAIT = 120.0  # for another process that measures
 MOST_ROUNDS = 6
 MOST_ROWS = 32  # larger batches and wider passes are extrapolated
 MOST_TOKENS = 512  # of all rows
@@ -40,17 +43,34 @@ def load_costs(
 ) -> CostCurve:
     """What passes of up to `depth * width` nodes cost here: known, or measured in a quarter of a minute.
 
-    `cache_dir` defaults to `~/.cache/mmtad`. Call before an engine has work: rows are used.
+    `cache_dir` defaults to `~/.cache/mmtad`. Call before an engine has work: rows are used. Of several
+    processes one measures at a time, and the others find its file.
     """
     wanted = list(_passes(min(max_rows, MOST_ROWS), 1 + depth * width, width))
     folder = (cache_dir or Path.home() / ".cache" / "mmtad") / "costs"
     path = folder / f"{_key(pair, wanted)}.json"
-    curve = _read(path)
-    if curve is None:
-        logger.warning("measuring what steps cost on %s, once", pair.device)
-        curve = measure_costs(pair, wanted)
-        _write(path, curve)
+    with _turn(folder):
+        curve = _read(path)
+        if curve is None:
+            logger.warning("measuring what steps cost on %s, once", pair.device)
+            curve = measure_costs(pair, wanted)
+            _write(path, curve)
     return curve
+
+
+@contextlib.contextmanager
+def _turn(folder: Path) -> Iterator[None]:
+    """Beside each other processes would measure each other; the lock of one that dies is free."""
+    lock = FileLock(folder / "measuring.lock", timeout=MOST_WAIT)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except (OSError, NotImplementedError) as error:
+        logger.warning("costs are read or measured beside other processes: %s", error)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _passes(max_rows: int, nodes: int, width: int) -> Iterator[Pass]:

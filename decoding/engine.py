@@ -130,13 +130,14 @@ class Engine:
         then does not fit alone is lost. Where the draft may be the cause, its sequences go on with
         `target`. None where it was neither, so that the state of every sequence is in doubt.
         """
-        failed, self._trying = self._trying or self._queue.trying, []
+        decoded, self._trying = self._trying, []
+        failed = decoded or self._queue.trying
         self._prefixes.forget_all()
         self._queue.begin_anew()
         if is_out_of_memory(error) and failed:
             release_memory(error, self.pair.device)
             return Retreat("out_of_memory", self._relieve(failed))
-        if not any(sequence.config.uses_draft for sequence in failed):
+        if not (self._stepper.used_draft if decoded else any(each.prefills_draft for each in failed)):
             return None
         self._draft_health.note_failure(time.monotonic())
         for sequence in reversed(failed):

@@ -25,9 +25,13 @@ class GroupStep:
 
 
 class GroupStepper:
-    """Runs steps; those of adaptive groups in the shape that `policy` chooses, without one they are fixed."""
+    """Runs steps; those of adaptive groups in the shape that `policy` chooses, without one they are fixed.
+
+    `used_draft` says of the last step, also of one that raised, whether the draft had a part in it.
+    """
 
     def __init__(self, pair: ModelPair, policy: Policy | None) -> None:
+        self.used_draft = False
         self._pair, self._policy = pair, policy
         self._clock = cost_clock(pair.device, pair.target.ranks)
 
@@ -44,8 +48,10 @@ class GroupStepper:
 
     def step(self, preset: Preset, batch: Batch, sequences: Series[Sequence]) -> GroupStep:
         """One step of the rows of `batch`, which hold `sequences` of one `preset`."""
+        self.used_draft = False
         policy = self._policy if preset.adaptive else None
         shape = preset if policy is None else policy.choose(preset, sequences)
+        self.used_draft = sequences[0].config.uses_draft and shape.step_method != "target"
         if policy is not None:
             self._take_shape(shape, batch, sequences)
         started = self._clock()

@@ -12,12 +12,13 @@ ROOT = Path(__file__).parent.parent
 FILES = sorted(
     path.relative_to(ROOT) for top in ("decoding", "server") for path in (ROOT / top).rglob("*.py")
 )
-DECODING_MAY_IMPORT = {"decoding", "torch", "transformers", *sys.stdlib_module_names}
+DECODING_MAY_IMPORT = {"decoding", "torch", "transformers", "filelock", *sys.stdlib_module_names}
 HOST_COPIES = {"item", "tolist", "cpu", "numpy"}
 ONLY_IN = {
     "prometheus_client": {"server/metrics.py", "server/metrics_compat.py"},
     "zeus": {"server/energy_source.py"},
     "safetensors": {"decoding/embedded.py", "decoding/checkpoint.py"},
+    "filelock": {"decoding/cost_measurement.py"},
     "pickle": set(),
 }
 READS_ENVIRONMENT = {("os", "environ"), ("os", "getenv"), ("sys", "argv")}

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from decoding import DecodingConfig, Engine, ModelPair, Sequence
+from decoding import DecodingConfig, Engine, ModelPair, Retreat, Sequence
 from decoding.config import Preset
 from decoding.cost_curve import KINDS, CostCurve
 from decoding.model import CausalModel
@@ -106,6 +106,40 @@ def test_proof_05_caches_equal_recomputation_across_changes_of_shape(
                 compared += 1
     assert compared > 40
     assert len(set(policy.taken)) == len(candidates(DecodingConfig(method, adaptive=True).preset))  # type: ignore[arg-type]
+
+
+class Always(Policy):
+    """Takes one shape for all steps: the first one, off, or the last."""
+
+    def __init__(self, place: int) -> None:
+        super().__init__(COSTS)
+        self.place = place
+
+    def uses_draft(self, preset: Preset) -> bool:
+        return self.place != 0
+
+    def choose(self, preset: Preset, sequences: Any) -> Preset:
+        return candidates(preset)[self.place]
+
+
+@pytest.mark.parametrize("running", [False, True])
+@pytest.mark.parametrize(("place", "blamed"), [(0, False), (-1, True)])
+def test_draft_is_blamed_only_for_what_it_had_a_part_in(
+    place: int, blamed: bool, running: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A prompt that is prefilled, or a step, while the draft is off says nothing of the draft."""
+    pair = llama_pair()
+    engine = Engine(pair, 8, policy=Always(place))
+    engine.add(adaptive("a", [3, 1, 4], "mmtad", max_tokens=9, ignore_eos=True))
+    if running:
+        engine.step()
+    with monkeypatch.context() as patch:
+        patch.setattr(pair.target, "forward" if running else "prefill", None)  # calling it raises
+        with pytest.raises(TypeError) as raised:
+            engine.step()
+    retreat = engine.retreat(raised.value)
+    assert retreat == (Retreat("draft_failed", []) if blamed else None)
+    engine.check_integrity()
 
 
 def test_log_probs_are_the_targets_across_changes_of_shape(pair: ModelPair) -> None:

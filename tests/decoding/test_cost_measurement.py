@@ -3,14 +3,20 @@
 import json
 import logging
 import math
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from decoding import Engine, ModelPair
 from decoding import cost_measurement as module
 from decoding.config import Preset
-from decoding.cost_curve import CATCH_UP, DRAFT, GAP, TARGET, CostCurve
+from decoding.cost_curve import CATCH_UP, DRAFT, GAP, KINDS, TARGET, CostCurve
 from decoding.cost_measurement import load_costs
 from decoding.policy import Policy
 from tests.decoding.tiny import drain, llama_pair, request
@@ -25,6 +31,10 @@ def pair() -> ModelPair:
 
 def measure(pair: ModelPair, folder: Path, max_rows: int = 6) -> CostCurve:
     return load_costs(pair, max_rows, depth=2, width=3, cache_dir=folder)
+
+
+def files(folder: Path) -> list[Path]:
+    return list((folder / "costs").glob("*.json"))
 
 
 def test_curve_is_measured_once_and_leaves_no_trace(
@@ -76,7 +86,7 @@ def test_damaged_file_is_measured_again(
     content: str, pair: ModelPair, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     measure(pair, tmp_path, 1)
-    (file,) = (tmp_path / "costs").iterdir()
+    (file,) = files(tmp_path)
     file.write_text(content, encoding="utf-8")
     with caplog.at_level(logging.WARNING):
         curve = measure(pair, tmp_path, 1)
@@ -94,7 +104,7 @@ def test_what_decides_costs_decides_the_file(pair: ModelPair, tmp_path: Path) ->
     measure(other, tmp_path)
     other.target.ranks = 2
     measure(other, tmp_path)
-    assert len(list((tmp_path / "costs").iterdir())) == 5
+    assert len(files(tmp_path)) == 5
 
 
 def test_folder_that_cannot_be_written_costs_only_time(
@@ -104,6 +114,59 @@ def test_folder_that_cannot_be_written_costs_only_time(
     with caplog.at_level(logging.WARNING):
         assert measure(pair, tmp_path, 1).step(SHAPES[0], 1) > 0
     assert "not kept" in caplog.text
+
+
+def test_of_processes_that_start_at_once_one_measures(
+    pair: ModelPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = []
+
+    def slowly(*_: Any) -> CostCurve:
+        measured.append(time.monotonic())
+        time.sleep(0.3)
+        return CostCurve({kind: {1: [(1, 1.0)]} for kind in KINDS})
+
+    monkeypatch.setattr(module, "measure_costs", slowly)
+    with ThreadPoolExecutor() as pool:
+        curves = list(pool.map(lambda _: measure(pair, tmp_path), range(3)))
+    assert len(measured) == 1
+    assert curves == [curves[0]] * 3
+
+
+HOLD = """
+import sys, time
+from filelock import FileLock
+with FileLock(sys.argv[1]):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_wait_ends_with_the_process_that_measured(pair: ModelPair, tmp_path: Path) -> None:
+    lock = tmp_path / "costs" / "measuring.lock"
+    lock.parent.mkdir()
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(lock)], stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        with ThreadPoolExecutor() as pool:
+            waiting = pool.submit(measure, pair, tmp_path, 1)
+            time.sleep(0.3)
+            assert not waiting.done()
+            assert not files(tmp_path)
+            other.kill()
+            assert waiting.result(30).step(SHAPES[0], 1) > 0
+
+
+def test_wait_for_a_process_that_hangs_is_bounded(
+    pair: ModelPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(module, "MOST_WAIT", 0.1)
+    (tmp_path / "costs").mkdir()
+    with FileLock(tmp_path / "costs" / "measuring.lock"), caplog.at_level(logging.WARNING):
+        assert measure(pair, tmp_path, 1).step(SHAPES[0], 1) > 0
+    assert "beside other processes" in caplog.text
 
 
 def test_measured_costs_serve_an_engine(pair: ModelPair, tmp_path: Path) -> None:
