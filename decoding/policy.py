@@ -15,10 +15,11 @@ from decoding.survival import PairSurvival, SequenceSurvival
 
 HYSTERESIS = 1.05
 PROBE_STEPS = 16  # least steps between two probes
+SETTLED_STEPS = 8  # for which plain steps of as many rows are not thought over again
 PLAIN_STEPS = 64  # after which a plain step shows what all costs are compared with
 PROBE_SHARE = 0.01  # of the time, in plain steps, that probes may lose
-PROBE_CREDIT = 1.0  # plain steps that they may lose at first
-MOST_CREDIT = 8.0
+PROBE_CREDIT = 0.5  # plain steps that they may lose at first
+MOST_CREDIT = 1.5
 STALE = 0.05  # what doubling the time since its last run adds to the appeal of a probe
 GAP_STEPS = 64  # over which the closing of a gap must pay
 DEPTHS = (1, 2, 4, 8, 16)
@@ -52,14 +53,32 @@ def _is_tried(group: Preset, tree: Preset) -> bool:
 
 @dataclass(slots=True)
 class _Group:
-    """Where a group stands: what it runs, when each family of shapes was run, what probes may lose."""
+    """Where a group stands: what it runs, when each family of shapes was run, what probes may lose.
+
+    `taken` is the shape of the last step, `settled` the step until which plain steps of `rows` go on;
+    `forgone` are the tokens that `current` should have given in the time of a probe.
+    """
 
     shapes: list[Preset]
     current: Preset
+    taken: Preset
+    rows: int = 0
     steps: int = 0
+    settled: int = 0
     last_probe: int = 0
     credit: float = PROBE_CREDIT
+    forgone: float = 0.0
     last_run: dict[Preset, int] = field(default_factory=dict)
+
+    def is_due(self, sequences: Series[Sequence]) -> bool:
+        """Whether a choice is worth its time: plain steps teach nothing, and who is joined gets company."""
+        before, self.rows = self.rows, len(sequences)
+        if self.current.depth or self.taken.depth:
+            return True
+        if self.rows > before:  # often not the last one to come
+            self.settled = self.steps + 1
+            return False
+        return self.steps >= self.settled or any(sequence.num_steps == 0 for sequence in sequences)
 
     def age(self, shape: Preset) -> int:
         """Steps since one of its family was run."""
@@ -94,11 +113,17 @@ class Policy:
     def choose(self, preset: Preset, sequences: Series[Sequence]) -> Preset:
         """The shape of the next step of `sequences`, all of one adaptive `preset`."""
         group = self._group(preset)
-        outlooks = {shape: self._outlook(shape, sequences) for shape in group.shapes}
-        group.current = _best(group, outlooks)
         group.steps += 1
         group.credit = min(group.credit + PROBE_SHARE, MOST_CREDIT)
-        return _probe(group, outlooks) or group.current
+        if all(sequence.remaining <= 1 for sequence in sequences):
+            group.taken = group.shapes[0]  # nothing can be gained, and it says nothing of the next texts
+        elif group.is_due(sequences):
+            outlooks = self._outlooks(group, sequences)
+            group.current = _best(group, outlooks)
+            group.taken = group.current
+            _probe(group, outlooks)
+            group.settled = group.steps + SETTLED_STEPS
+        return group.taken
 
     def uses_draft(self, preset: Preset) -> bool:
         """Whether sequences of an adaptive `preset` are speculating now."""
@@ -115,6 +140,10 @@ class Policy:
         """Learn from a step: the depth proposed and accepted of each sequence, and its wall seconds."""
         group = self._group(preset)
         group.last_run[_family(shape)] = group.steps
+        if group.forgone:
+            delivered = sum(1 + num_accepted for _, num_accepted in accepted)
+            group.credit -= max(group.forgone - delivered, 0.0) / len(sequences)
+            group.forgone = 0.0
         for sequence, (num_drafted, num_accepted) in zip(sequences, accepted, strict=True):
             if num_drafted:
                 self._of(sequence).note(shape, num_drafted, num_accepted)
@@ -130,7 +159,7 @@ class Policy:
         group = self._groups.get(preset)
         if group is None:
             shapes = candidates(preset)
-            group = self._groups[preset] = _Group(shapes, shapes[0])
+            group = self._groups[preset] = _Group(shapes, shapes[0], shapes[0])
         return group
 
     def _of(self, sequence: Sequence) -> SequenceSurvival:
@@ -140,9 +169,23 @@ class Policy:
             )
         return sequence.survival
 
+    def _outlooks(self, group: _Group, sequences: Series[Sequence]) -> dict[Preset, _Outlook]:
+        """Of plain steps, of what runs, and of what would be worth more if all of it survived."""
+        off, rows = group.shapes[0], len(sequences)
+        plain = self._seconds(off, rows)
+        worthy = [
+            shape
+            for shape in group.shapes[1:]
+            if shape == group.current or (1 + shape.depth) * plain > self._seconds(shape, rows)
+        ]
+        return {shape: self._outlook(shape, sequences) for shape in (off, *worthy)}
+
+    def _seconds(self, shape: Preset, rows: int) -> float:
+        return self._step_cost(shape, rows) * self._drift.of(shape)
+
     def _outlook(self, shape: Preset, sequences: Series[Sequence]) -> _Outlook:
         rows = len(sequences)
-        seconds = self._step_cost(shape, rows) * self._drift.of(shape)
+        seconds = self._seconds(shape, rows)
         if not shape.depth:
             return _Outlook(rows, seconds, 0.0, 1.0)
         tokens = sum(self._of(each).expected_tokens(shape, each.remaining) for each in sequences)
@@ -158,36 +201,37 @@ def _family(shape: Preset) -> Preset:
 
 def _best(group: _Group, outlooks: dict[Preset, _Outlook]) -> Preset:
     """The shape of highest rate, if it is worth the change; back to plain steps as soon as they are."""
-    best = max(group.shapes, key=lambda shape: outlooks[shape].rate)  # of equals the first, the plainest
+    best = max(outlooks, key=lambda shape: outlooks[shape].rate)  # of equals the first, the plainest
     off, rate = group.shapes[0], outlooks[group.current].rate
     if outlooks[best].rate > HYSTERESIS * rate:
         return best
     return off if outlooks[off].rate > rate else group.current
 
 
-def _probe(group: _Group, outlooks: dict[Preset, _Outlook]) -> Preset | None:
-    """Another shape for one step, if it is time to learn and what that may lose is allowed."""
+def _probe(group: _Group, outlooks: dict[Preset, _Outlook]) -> None:
+    """Take another shape for one step, if it is time to learn and what that should lose is allowed."""
     if group.steps - group.last_probe < PROBE_STEPS:
-        return None
+        return
     rate, plain = outlooks[group.current].rate, outlooks[group.shapes[0]].tokens
 
+    def forgone(shape: Preset) -> float:
+        """Tokens; the gap is closed for good, but whether that was of use is not known yet."""
+        return (outlooks[shape].seconds + outlooks[shape].gap_seconds) * rate
+
     def loss(shape: Preset) -> float:
-        """In plain steps; the gap is closed for good, but whether that was of use is not known yet."""
-        each = outlooks[shape]
-        return max((each.seconds + each.gap_seconds) * rate - each.tokens, 0.0) / plain
+        """In plain steps."""
+        return max(forgone(shape) - outlooks[shape].tokens, 0.0) / plain
 
     def appeal(shape: Preset) -> float:
         return outlooks[shape].rate * (1 + STALE * math.log2(group.age(shape)))
 
-    others = [shape for shape in group.shapes if group.age(shape) >= PROBE_STEPS and shape != group.current]
+    others = [shape for shape in outlooks if group.age(shape) >= PROBE_STEPS and shape != group.current]
     affordable = [shape for shape in others if loss(shape) <= group.credit]
     off = group.shapes[0]
     if off in others and group.age(off) >= PLAIN_STEPS:
-        chosen = off
+        group.taken = off
     elif affordable:
-        chosen = max(affordable, key=appeal)
+        group.taken = max(affordable, key=appeal)
     else:
-        return None
-    group.last_probe = group.steps
-    group.credit -= loss(chosen)
-    return chosen
+        return
+    group.last_probe, group.forgone = group.steps, forgone(group.taken)

@@ -3,6 +3,7 @@
 import random
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -13,6 +14,8 @@ from decoding.draft_gap import GAP_TOKENS
 from decoding.policy import (
     MOST_CREDIT,
     PROBE_SHARE,
+    PROBE_STEPS,
+    SETTLED_STEPS,
     Policy,
     candidates,
 )
@@ -71,6 +74,7 @@ class Run:
                 (depth for depth in range(limit) if self.random.random() >= self.chance(shape, depth)), limit
             )
             accepted.append((limit, survived))
+            sequence.num_steps += 1
             sequence.output_ids += [0] * (survived + 1)
             sequence.draft_lag = 0 if shape.depth else sequence.draft_lag + survived + 1
             self.tokens += survived + 1
@@ -165,6 +169,70 @@ def test_choice_follows_the_load() -> None:
     run.shapes.clear()
     run.steps(rows[:1], 300)
     assert Counter(run.shapes[150:])[OFF] < 75
+
+
+def test_what_cannot_pay_is_never_tried() -> None:
+    """Two tokens of a row cost more than two plain steps: not even a draft that is always right helps."""
+    run = Run(curve(per_node=1.0), always)
+    run.steps(run.sequences(16), 300)
+    assert set(run.shapes) == {OFF}
+
+
+def test_plain_steps_are_not_thought_over_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(curve(), never)
+    sequences = run.sequences(16)
+    run.steps(sequences, 100)
+    thought: list[int] = []
+    consider = Policy._outlooks
+
+    def counted(policy: Policy, group: Any, rows: Any) -> Any:
+        thought.append(group.steps)
+        return consider(policy, group, rows)
+
+    monkeypatch.setattr(Policy, "_outlooks", counted)
+    run.shapes.clear()
+    run.steps(sequences, 160)
+    probes = len(run.shapes) - run.shapes.count(OFF)
+    assert 160 / SETTLED_STEPS <= len(thought) <= 160 / SETTLED_STEPS + 2 * probes + 1
+    run.step(run.sequences(16))  # of other texts: those may be easier
+    assert thought[-1] == run.policy._group(GROUP).steps
+
+
+def test_drafting_waits_for_those_who_still_come() -> None:
+    """A batch that fills by a row per step starts to draft when it is full, if that pays there."""
+    run = Run(curve(per_draft_pass=0.05), always)
+    rows = run.sequences(4)
+    for count in range(1, 5):
+        run.step(rows[:count])
+    assert run.shapes == [OFF] * 4
+    run.steps(rows, 2)
+    assert run.shapes[-1].depth
+
+
+def test_the_last_token_of_a_text_says_nothing_of_the_next_one() -> None:
+    run = Run(curve(), always)
+    run.steps(run.sequences(1), 60)
+    assert run.policy.uses_draft(GROUP)
+    (last,) = run.sequences(1, max_tokens=1)
+    run.step([last])
+    assert run.shapes[-1] == OFF
+    assert run.policy.uses_draft(GROUP)
+    run.step(run.sequences(1))
+    assert run.shapes[-1].depth
+
+
+@pytest.mark.parametrize(("chance", "charged"), [(never, True), (always, False)])
+def test_a_probe_is_charged_what_it_lost(chance: Chance, charged: bool) -> None:
+    """Not what it was believed to lose, which is next to nothing here."""
+    run = Run(shallow(0.98), chance)
+    policy_sees_it_right(run)
+    run.steps(run.sequences(1), PROBE_STEPS - 1)
+    assert set(run.shapes) == {OFF}
+    group = run.policy._group(GROUP)
+    before = group.credit
+    run.step(run.sequences(1))
+    assert run.shapes[-1] == CHAIN
+    assert (group.credit < before - 0.3) is charged
 
 
 def shallow(worth: float) -> CostCurve:
