@@ -78,12 +78,12 @@ class CostDrift:
     one follows the other.
     """
 
-    _shapes: dict[str, tuple[float, int]] = field(default_factory=dict)  # drift, number of comparisons
+    _shapes: dict[Preset, tuple[float, int]] = field(default_factory=dict)  # drift, number of comparisons
     _last: Preset | None = None
     _speed: float = 1.0  # of the steps before, by the curve and the drift
 
     def of(self, preset: Preset) -> float:
-        return self._shapes.get(preset.name, (1.0, 0))[0]
+        return self._shapes.get(preset, (1.0, 0))[0]
 
     def note(self, preset: Preset, ratio: float) -> None:
         """A step took `ratio` times the curve's seconds."""
@@ -99,7 +99,7 @@ class CostDrift:
     def _compare(self, preset: Preset, before: Preset, excess: float) -> None:
         """The shape took `excess` times what the one before made expect; plain steps are never at fault."""
         excess = min(max(excess, 1 / MOST_DRIFT), MOST_DRIFT)
-        name, factor = (preset.name, excess) if preset.depth else (before.name, 1 / excess)
-        drift, count = self._shapes.get(name, (1.0, 0))
+        shape, factor = (preset, excess) if preset.depth else (before, 1 / excess)
+        drift, count = self._shapes.get(shape, (1.0, 0))
         weight = 1 / min(count + 2, SHAPE_MEMORY)
-        self._shapes[name] = drift * factor**weight, count + 1
+        self._shapes[shape] = drift * factor**weight, count + 1

@@ -69,6 +69,10 @@ class _Group:
     credit: float = PROBE_CREDIT
     forgone: float = 0.0
     last_run: dict[Preset, int] = field(default_factory=dict)
+    families: dict[Preset, Preset] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.families = {shape: _family(shape) for shape in self.shapes}
 
     def is_due(self, sequences: Series[Sequence]) -> bool:
         """Whether a choice is worth its time: plain steps teach nothing, and who is joined gets company."""
@@ -82,7 +86,7 @@ class _Group:
 
     def age(self, shape: Preset) -> int:
         """Steps since one of its family was run."""
-        return self.steps - self.last_run.get(_family(shape), -PROBE_STEPS * PROBE_STEPS)
+        return self.steps - self.last_run.get(self.families[shape], -PROBE_STEPS * PROBE_STEPS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +143,7 @@ class Policy:
     ) -> None:
         """Learn from a step: the depth proposed and accepted of each sequence, and its wall seconds."""
         group = self._group(preset)
-        group.last_run[_family(shape)] = group.steps
+        group.last_run[group.families[shape]] = group.steps
         if group.forgone:
             delivered = sum(1 + num_accepted for _, num_accepted in accepted)
             group.credit -= max(group.forgone - delivered, 0.0) / len(sequences)
@@ -178,20 +182,19 @@ class Policy:
             for shape in group.shapes[1:]
             if shape == group.current or (1 + shape.depth) * plain > self._seconds(shape, rows)
         ]
-        return {shape: self._outlook(shape, sequences) for shape in (off, *worthy)}
+        lag = max(sequence.draft_lag for sequence in sequences)
+        gap_seconds = self._costs.gap(lag, rows) if lag else 0.0
+        outlooks = {shape: self._outlook(shape, sequences, gap_seconds) for shape in worthy}
+        return {off: _Outlook(rows, plain, 0.0, 1.0), **outlooks}
 
     def _seconds(self, shape: Preset, rows: int) -> float:
         return self._step_cost(shape, rows) * self._drift.of(shape)
 
-    def _outlook(self, shape: Preset, sequences: Series[Sequence]) -> _Outlook:
-        rows = len(sequences)
-        seconds = self._seconds(shape, rows)
-        if not shape.depth:
-            return _Outlook(rows, seconds, 0.0, 1.0)
+    def _outlook(self, shape: Preset, sequences: Series[Sequence], gap_seconds: float) -> _Outlook:
         tokens = sum(self._of(each).expected_tokens(shape, each.remaining) for each in sequences)
-        lag = max(sequence.draft_lag for sequence in sequences)
         steps = sum(sequence.remaining for sequence in sequences) / tokens
-        return _Outlook(tokens, seconds, self._costs.gap(lag, rows), min(max(steps, 1.0), GAP_STEPS))
+        seconds = self._seconds(shape, len(sequences))
+        return _Outlook(tokens, seconds, gap_seconds, min(max(steps, 1.0), GAP_STEPS))
 
 
 def _family(shape: Preset) -> Preset:
