@@ -11,7 +11,7 @@ TARGET, DRAFT, CATCH_UP, GAP = KINDS = ("target", "draft", "catch_up", "gap")
 CATCH_UP_TOKENS = 2
 SPEED_MEMORY = 8.0  # steps over which the machine's speed is averaged
 SHAPE_MEMORY = 16.0  # comparisons over which a shape's own drift is
-MOST_DRIFT = 2.0  # that one comparison may show
+MOST_DRIFT = 1.25  # that one comparison may show
 Points = list[tuple[int, float]]  # tokens per row with the seconds of a pass, in order of tokens
 
 
