@@ -153,7 +153,7 @@ def test_proof_05_caches_equal_recomputation_after_joins_and_leaves(
         engine.check_integrity()
         with torch.inference_mode():
             assert_caches_equal_recomputation(engine)
-    assert min(served[method] for method in METHODS) >= 3
+    assert min(served[method] for method in METHODS) >= 1
 
 
 @pytest.mark.parametrize("method", METHODS)
