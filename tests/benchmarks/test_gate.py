@@ -39,6 +39,7 @@ def test_time_beside_the_passes_is_bounded() -> None:
     assert gate.host_share(gate.configurations()[0], passes, [0.04, 0.04, 0.2]) == pytest.approx(0.25)
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_the_engine_passes_the_gate() -> None:
     document = gate.run(rounds=5, num_prompts=4, tokens=64)
