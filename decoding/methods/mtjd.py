@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from decoding.batch import Batch
-from decoding.beam import beam_search
+from decoding.beam import CANDIDATES_PER_BEAM, beam_search
 from decoding.methods.step import DecodeStep, top_tokens
 from decoding.model_pair import ModelPair
 from decoding.token_tree import TokenTree, gather_at
@@ -21,7 +21,9 @@ class MTJD:
         root = TokenTree.of_roots(batch.roots, 1)
         logits = target.forward(batch.rows, lengths, root)
         levels: list[Tensor] = []
-        tree, beams = beam_search(target, batch, logits, num_offered=pair.vocab_size, levels=levels)
+        # Sampled beams may take any token; beam search takes none but a beam's likeliest.
+        num_offered = CANDIDATES_PER_BEAM if batch.sampling.all_greedy else pair.vocab_size
+        tree, beams = beam_search(target, batch, logits, num_offered=num_offered, levels=levels)
         path = tree.path(beams.best(), batch.depth)
         token_ids, num_tokens = tree.token_ids.gather(1, path), (path > 0).sum(1)
         at_parents = _parent_logits(levels, path, batch.width).log_softmax(-1)
