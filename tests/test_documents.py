@@ -26,6 +26,7 @@ ALL = [command for name in DOCUMENTS for block in blocks(name) for command in co
 # Run by a developer and by CI, this file among them: only what they name is checked.
 GUARDS = re.compile(r"^\./scripts/(test|check|install)\b")
 # Hours of work: whether the program knows every flag is checked.
+SERVER_FLAGS = "--server-flags"  # of a load test: what follows is for the server
 LONG = re.compile(r"^(\./scripts/distill-draft|\./scripts/train-tiny-pair|python -m benchmarks\.\w+)\b")
 # They fetch gigabytes: that they exist is checked.
 EXTERNAL = re.compile(r"^\.venv/bin/python -m (tests\.external\.\w+)$")
@@ -74,9 +75,12 @@ def test_scripts_and_the_tests_they_are_told_exist(command: str) -> None:
 def test_long_programs_know_their_flags(command: str, tmp_path: Path) -> None:
     program = LONG.match(command)
     assert program
-    text = Clone(tmp_path, free_port()).run(f"{program[0]} --help")
-    flags = [each for each in shlex.split(command) if each.startswith("--")]
-    assert [flag for flag in flags if not re.search(rf"{flag}\b", text)] == []
+    clone, words = Clone(tmp_path, free_port()), shlex.split(command)
+    own = words[: words.index(SERVER_FLAGS)] if SERVER_FLAGS in words else words
+    for asked, given in ((program[0], own), ("./scripts/serve", words[len(own) + 1 :])):
+        flags = [each for each in given if each.startswith("--")]
+        text = clone.run(f"{asked} --help") if flags else ""
+        assert [flag for flag in flags if not re.search(rf"{flag}\b", text)] == []
 
 
 def test_every_external_client_has_its_command() -> None:

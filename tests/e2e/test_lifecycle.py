@@ -94,6 +94,7 @@ def test_shutdown_timeout_ends_what_takes_too_long(start: Start) -> None:
 
 def test_the_ready_line_says_what_is_served(start: Start) -> None:
     with start() as server:
+        until(lambda: '"event": "ready"' in server.log.read_text())  # written behind the first answer
         lines = [json.loads(line) for line in server.log.read_text().splitlines() if line.startswith("{")]
         (line,) = [line for line in lines if line["event"] == "ready"]
         assert line["url"] == server.url
