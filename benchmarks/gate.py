@@ -30,12 +30,12 @@ from benchmarks.table import describe
 from benchmarks.tasks import make_task
 from decoding import DecodingConfig, ModelPair, Policy, SamplingParams, default_threshold, load_costs
 
-EXTRA_LAYERS = 16
+EXTRA_LAYERS = 24
 CONCURRENCIES = (1, 4)
 PASS_ROUNDS = 6
 BASELINES = ("target", "speculative")
 MIN_RATIO = 0.90
-MAX_ATTEMPTS = 4  # chance may break a bound on a busy machine, but hardly so often in a row
+MAX_ATTEMPTS = 8  # chance may break a bound on a busy machine, but hardly so often in a row
 MAX_HOST_SHARE = 0.25  # the goal is 0.15, of passes ten times as long as this pair's
 ADAPTIVE = {"method": "mmtad, adaptive"}
 JUDGED = {1: ("mmtad", "mmtad, adaptive"), 4: ("mmtad, adaptive",)}  # a fixed tree pays for one row alone
