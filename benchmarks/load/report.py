@@ -125,13 +125,13 @@ def _load_plots(points: list[Point]) -> Figure | None:
         for method, own in _by_method(closed).items():
             known = [(point["concurrency"], value) for point in own if (value := take(point)) is not None]
             axes.plot(*zip(*known, strict=True), **looks[method], label=method) if known else None
-            for point in own if axes is grid[0][0] else []:
-                low, high = point.get("tokens_per_second_range", (0, 0))
-                axes.vlines(point["concurrency"], low, high, color=looks[method]["color"], lw=1)
         axes.set_xscale("log", base=2)
         axes.set_xticks(sorted({point["concurrency"] for point in closed}))
         axes.xaxis.set_major_formatter(ScalarFormatter())
         axes.set_ylim(bottom=0)
+    for point in (each for each in closed if "tokens_per_second_range" in each):
+        color = looks[point["method"]]["color"]
+        grid[0][0].vlines(point["concurrency"], *point["tokens_per_second_range"], color=color, lw=1)
     return _with_legend(figure, grid[0][0])
 
 
