@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.generation import generate
+from benchmarks.generation import generate, text_logits
 from benchmarks.load.processes import commit
 from benchmarks.pairs import BenchPair, load_pair
 from benchmarks.tasks import make_task
@@ -36,13 +36,9 @@ def texts(pair: BenchPair, arguments: argparse.Namespace) -> list[list[int]]:
     return [prompt + answer.token_ids for prompt, answer in zip(prompts, answers, strict=True)]
 
 
-@torch.inference_mode()
 def log_probs(model: CausalModel, text: list[int]) -> Tensor:
     """Of the token behind each position but the last, `[tokens - 1, vocab]`, in float64."""
-    model.cache.lengths[0] = 0
-    logits = model.prefill(0, text[:-1], keep=len(text) - 1)
-    model.cache.lengths[0] = 0
-    return logits.double().log_softmax(-1)
+    return text_logits(model, text[:-1], keep=len(text) - 1).double().log_softmax(-1)
 
 
 def compare(exact: Tensor, reduced: Tensor, text: list[int]) -> Tensor:

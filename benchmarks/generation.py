@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from decoding import (
     DecodingConfig,
@@ -17,6 +18,7 @@ from decoding import (
     SamplingParams,
     Sequence,
 )
+from decoding.model import CausalModel
 
 
 @dataclass
@@ -106,11 +108,17 @@ def generate(
     return results, timing
 
 
+def text_logits(model: CausalModel, token_ids: list[int], *, keep: int) -> Tensor:
+    """Logits `[keep, vocab]` behind the last tokens of a text, in one plain pass over a free row."""
+    model.cache.lengths[0] = 0
+    logits = model.prefill(0, token_ids, keep=keep)
+    model.cache.lengths[0] = 0
+    return logits
+
+
 def score(pair: ModelPair, prompt: list[int], token_ids: list[int]) -> list[float]:
     """The target's untransformed log-probabilities of `token_ids` after `prompt`, in one plain pass."""
-    pair.target.cache.lengths[0] = 0
-    logits = pair.target.prefill(0, prompt + token_ids[:-1], keep=len(token_ids))
-    pair.target.cache.lengths[0] = 0
+    logits = text_logits(pair.target, prompt + token_ids[:-1], keep=len(token_ids))
     chosen = torch.tensor(token_ids, device=logits.device)[:, None]
     values: list[float] = logits.log_softmax(-1).gather(1, chosen)[:, 0].tolist()
     return values
