@@ -136,13 +136,16 @@ def assert_caches_equal_recomputation(engine: Engine) -> None:
 def test_proof_05_caches_equal_recomputation_after_joins_and_leaves(
     which: str, request: pytest.FixtureRequest
 ) -> None:
-    """70 steps of random accepts, joins, cancels; the draft's cache too, which lossless outputs hide.
+    """70 steps or more of random accepts, joins, cancels; the draft's cache too, which lossless outputs hide.
 
     Guards a missing catch-up, a commit of the wrong path, a row moved without its columns.
     """
     rng = random.Random(3)
     engine, served = Engine(request.getfixturevalue(which), 6, prefill_chunk=4), Counter[str]()
-    for step in range(70):
+    step = 0
+    while step < 70 or min(served[method] for method in METHODS) < 3:  # turns hang on the clock
+        step += 1
+        assert step < 200, served
         while engine.num_running + engine.num_waiting < 6:
             name, length = f"{step}.{engine.num_running + engine.num_waiting}", rng.randint(8, 20)
             engine.add(random_request(rng, name, max_tokens=length, method=rng.choice(METHODS)))
@@ -153,7 +156,6 @@ def test_proof_05_caches_equal_recomputation_after_joins_and_leaves(
         engine.check_integrity()
         with torch.inference_mode():
             assert_caches_equal_recomputation(engine)
-    assert min(served[method] for method in METHODS) >= 1
 
 
 @pytest.mark.parametrize("method", METHODS)
