@@ -8,6 +8,7 @@ import pytest
 from benchmarks.load.processes import free_port, started
 from benchmarks.peer.over_http import Entry, rows, suspend, take_turns
 from benchmarks.peer.servers import Server
+from tests.e2e.conftest import until
 
 FAKE = """
 import json, sys
@@ -54,7 +55,7 @@ def test_rows_of_servers_and_of_one_that_refuses() -> None:
             Entry("broken", fake, process, {"refuse": True}),
         ]
         failed = take_turns(entries, ["a", "b", "c"], [1, 2], 2, 60.0, lambda _: None)
-        assert process.status() == psutil.STATUS_STOPPED
+        until(lambda: process.status() == psutil.STATUS_STOPPED)  # a signal takes a moment to arrive
         found = rows(entries)
         for each in (process, *process.children()):
             each.resume()
