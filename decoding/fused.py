@@ -115,9 +115,17 @@ class FusedLayer(nn.Module):
         key = turned.narrow(2, self.heads, self.kv_heads).transpose(1, 2)
         value = heads.narrow(2, rotated, self.kv_heads).transpose(1, 2)
         if cache is None:
-            mask = mask.repeat(1, 1, self.heads // self.kv_heads, 1)
-        else:
-            key, value = cache.update(key, value, self.layer_idx)
+            return self._attend_to(query, key, value, mask.repeat(1, 1, self.heads // self.kv_heads, 1))
+        key, value = cache.update(key, value, self.layer_idx)
+        if len(cache.pieces) == 1:
+            return self._attend_to(query, key, value, mask)
+        attended = [
+            self._attend_to(query[rows], key[rows, :, :live], value[rows, :, :live], mask[rows, ..., :live])
+            for rows, live in cache.pieces
+        ]
+        return torch.cat(attended)
+
+    def _attend_to(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
         attended, _ = folded_attention(self, query, key, value, mask, scaling=self.scaling)
         return attended.flatten(2)
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import Cache
 
 from decoding.config import MAX_TREE_NODES
+from decoding.row_pieces import Piece, cheapest_pieces
 
 LENGTH_BUCKET = 64  # keys are cut to the live length rounded up to this many columns
 
@@ -21,7 +22,8 @@ class KVCache(Cache):
 
     A committed token's column is its position. The nodes of a row's token tree lie behind the
     committed columns, at length + node number. The last column of each row is a trash column.
-    `lengths[row]` is the number of committed columns, kept on the host.
+    `lengths[row]` is the number of committed columns, kept on the host. `pieces` are how attention may
+    cut the rows of the pass that runs: long rows apart from short ones.
     """
 
     def __init__(
@@ -41,6 +43,7 @@ class KVCache(Cache):
         self.lengths = [0] * rows
         shape = (layers, 2, rows, kv_heads, self.capacity, head_dim)
         self.storage = _allocate(shape, dtype, device)
+        self.pieces: tuple[Piece, ...] = ()
         self.columns_moved = 0
         self._by_column = self.storage.view(layers * 2, rows * kv_heads * self.capacity, head_dim)
         self._head_offsets = torch.arange(kv_heads, device=device) * self.capacity
@@ -68,6 +71,7 @@ class KVCache(Cache):
         """Set where `update` writes: `columns` `[rows, tokens]`, and how many columns it returns."""
         self._rows = rows
         self._live = self.storage[:, :, rows, :, :live].flatten(0, 1).unbind()
+        self.pieces = self._pieces(columns, live)
         self._slots = self._flat_slots(rows, columns)
 
     def update(
@@ -111,6 +115,13 @@ class KVCache(Cache):
         """Assert that the first rows hold exactly `lengths` and that each fits the capacity."""
         assert self.lengths[: len(lengths)] == lengths, (self.lengths, lengths)
         assert all(0 <= length < self.capacity for length in self.lengths), self.lengths
+
+    def _pieces(self, columns: Tensor, live: int) -> tuple[Piece, ...]:
+        """By what each row sees: its committed columns, and up to the last of those that it writes."""
+        if columns.device.type != "cpu":  # the host must not wait for lengths, nor may a graph depend on them
+            return ((slice(0, len(columns)), live),)
+        lives = [min(round_up(last + 1, LENGTH_BUCKET), live) for last in columns[:, -1].tolist()]
+        return cheapest_pieces(tuple(lives), self.storage[0, :, 0, :, 0].nbytes)
 
     def _flat_slots(self, rows: slice, columns: Tensor) -> Tensor:
         base = self._row_offsets[rows, None] + columns

@@ -11,6 +11,7 @@ from decoding.fused import FusedLayer, fuse_layers
 from decoding.linear import apply_float16_linear
 from decoding.model import CausalModel
 from decoding.probe import probe_tree
+from decoding.token_tree import TokenTree
 from tests.decoding.tiny import CPU
 
 FUSED = ("llama", "mistral", "qwen2")
@@ -113,6 +114,26 @@ def test_cached_passes_equal_the_stock_model(family: str, float16: bool) -> None
     found += [model.prefill(0, [each]) for each in ids[12:]]
     error = (torch.cat(found) - expected).abs().max() / expected.abs().max()
     assert error < (5e-3 if float16 else 2e-5)
+
+
+def test_rows_of_unlike_length_attend_apart_and_say_the_same() -> None:
+    """A pass over a long row between two short ones, against stock forwards of each text."""
+    changes = {"head_dim": 32, "max_position_embeddings": 1100}
+    generator = torch.Generator().manual_seed(3)
+    texts = [torch.randint(40, (1, length), generator=generator) for length in (9, 1030, 70)]
+    stock = random_model("llama", **changes)
+    expected = [logits(stock, text)[0, -2:] for text in texts]
+    module = random_model("llama", **changes)
+    assert fuse_layers(module) == SIZES["num_hidden_layers"]
+    model = CausalModel(module, rows=4, max_model_len=1040, vocab_size=40, device=CPU)
+    for row, text in enumerate(texts):
+        model.prefill(row, text[0, :-2].tolist())
+    lengths = torch.tensor([text.shape[1] - 2 for text in texts])
+    ends = torch.cat([text[:, -2:] for text in texts])
+    found = model.forward(slice(0, 3), lengths, TokenTree.chain_of(ends))
+    assert model.cache.pieces == ((slice(0, 1), 64), (slice(1, 2), 1088), (slice(2, 3), 128))
+    for row, each in enumerate(expected):
+        torch.testing.assert_close(found[row], each, rtol=1e-4, atol=1e-4)
 
 
 def test_products_of_a_fused_layer_are_linear_layers() -> None:
