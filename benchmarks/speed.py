@@ -28,7 +28,10 @@ def measure_speed(
     repeats: int,
     progress: Callable[[str], None],
 ) -> list[Speed]:
-    """Every configuration once per repeat, each repeat with its own seed, after one round to warm up."""
+    """Every configuration once per repeat, each repeat with its own seed, after one round to warm up.
+
+    Raises ValueError when texts are so short that no step had all rows.
+    """
     rates: list[list[float]] = [[] for _ in configs]
     steps: list[list[float]] = [[] for _ in configs]
     cpu: list[list[float]] = [[] for _ in configs]
@@ -36,6 +39,8 @@ def measure_speed(
         for index, config in enumerate(configs):
             used = prompts[:batch] if repeat == 0 else prompts
             _, timing = generate(pair, used, replace(params, seed=params.seed + repeat), config, batch)
+            if not timing.step_seconds:
+                raise ValueError(f"{config.preset.name}: no step had all {batch} rows; use more --max-tokens")
             if repeat > 0:
                 rates[index].append(sum(timing.step_tokens) / sum(timing.step_seconds))
                 steps[index].append(statistics.median(timing.step_seconds))
