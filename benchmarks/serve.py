@@ -141,7 +141,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--speculative", type=json.loads, help='more of the field, as {"beam_width": 2}')
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32])
     parser.add_argument("--rates", type=float, nargs="*", default=[0.3, 0.7, 1.0], help="shares of capacity")
-    parser.add_argument("--requests", type=int, default=32, help="per point, at least two per client")
+    parser.add_argument("--requests", type=int, default=32, help="per point, at least four per client")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--workload", default="chat")
     parser.add_argument("--max-tokens", type=int, default=64)

@@ -93,9 +93,9 @@ class LoadTest:
 
 
 def requests_of(arguments: argparse.Namespace, mode: str, level: float) -> int:
-    """At least two per client, so that most of a closed run has all clients at work."""
+    """At least four per client, so that most of a closed run has all clients at work."""
     least: int = arguments.requests
-    return max(least, 2 * int(level)) if mode == "closed" else least
+    return max(least, 4 * int(level)) if mode == "closed" else least
 
 
 def total_requests(arguments: argparse.Namespace, num_methods: int) -> int:

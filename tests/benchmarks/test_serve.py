@@ -102,7 +102,7 @@ def test_this_server_under_every_method(
     assert len(points) == 4 * 3
     for (method, mode, concurrency), each in points.items():
         assert each["errors"] == {}
-        assert each["requests"] == (8 if concurrency == 4 else 6)
+        assert each["requests"] == (16 if concurrency == 4 else 6)
         assert each["tokens"] == 8 * each["requests"]
         assert each["cpu_seconds_per_token"] > 0
         assert "joules_per_token" not in each
@@ -122,7 +122,7 @@ def test_another_server_is_asked_for_no_method(
     (point,) = result["points"]
     assert point["method"] == "server"
     assert result["conditions"]["complete"]
-    assert point["tokens"] == 2 * 6 * 10
+    assert point["tokens"] == 2 * 8 * 10
     assert len(OtherServer.bodies) == serve.DISCARDED + 2 * 6
     assert not any("speculative" in body for body in OtherServer.bodies)
     assert {body["model"] for body in OtherServer.bodies} == {"other"}
