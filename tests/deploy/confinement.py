@@ -3,6 +3,14 @@
 import re
 from typing import Any
 
+# What a worker writes: models from the hub, tokenizers, measured costs, and what lasts as long as it does.
+WRITTEN = {
+    "/models",
+    "/home/mmtad/.cache/mmtad/tokenizers",
+    "/home/mmtad/.cache/mmtad/costs",
+    "/tmp",
+}
+
 
 def check_service(service: dict[str, Any]) -> None:
     """Of a compose file."""
@@ -24,3 +32,16 @@ def check_pod(spec: dict[str, Any]) -> None:
     assert own["capabilities"] == {"drop": ["ALL"]}
     mounts = {mount["name"] for mount in container["volumeMounts"]}
     assert mounts == {volume["name"] for volume in spec["volumes"]}
+
+
+def check_decoding_pod(spec: dict[str, Any]) -> None:
+    """Of a pod that has a worker: under its read-only root every folder that a worker writes is a volume."""
+    check_pod(spec)
+    (container,) = spec["containers"]
+    volumes = {volume["name"]: volume for volume in spec["volumes"]}
+    writable = {
+        mount["mountPath"]
+        for mount in container["volumeMounts"]
+        if "emptyDir" in volumes[mount["name"]] and not mount.get("readOnly")
+    }
+    assert writable == WRITTEN

@@ -10,7 +10,7 @@ from kubernetes_validate import SchemaNotFoundError, latest_version, validate
 from server.config import ServerConfig, load_config
 from server.metrics import Metrics
 from server.metrics_compat import make_metrics
-from tests.deploy.confinement import check_pod
+from tests.deploy.confinement import check_decoding_pod
 
 ROOT = Path(__file__).parent.parent.parent
 FOLDER = ROOT / "deploy/kubernetes"
@@ -66,7 +66,7 @@ def test_what_runs_may_end(place: str) -> None:
 def test_pods_are_confined(place: str) -> None:
     spec = pod(place)
     (container,) = spec["containers"]
-    check_pod(spec)
+    check_decoding_pod(spec)
     assert "memory" in container["resources"]["limits"]
 
 
