@@ -7,8 +7,12 @@ from typing import Any
 
 import pytest
 import yaml
+from click.testing import CliRunner
+from huggingface_hub.cli.hf import app as hub
+from huggingface_hub.utils._paths import filter_repo_objects
 from kubernetes_validate import SchemaNotFoundError, latest_version, validate
 
+from decoding.embedded import OUTPUT_HEAD_FILE
 from server.config import ServerConfig, load_config
 from tests.deploy.confinement import WRITTEN, check_decoding_pod, check_pod, check_service
 
@@ -25,7 +29,7 @@ def containers() -> list[dict[str, Any]]:
 
 
 def shell_lines() -> list[str]:
-    lines = [service["command"][0] for service in SERVICES.values()]
+    lines = [service["command"][0] for service in SERVICES.values() if "command" in service]
     return lines + [container["args"][0] for container in containers()]
 
 
@@ -40,7 +44,58 @@ def test_every_service_is_confined(name: str) -> None:
 
 def test_nobody_outside_reaches_the_cluster() -> None:
     assert COMPOSE["networks"]["cluster"] == {"internal": True}
-    assert {name for name, service in SERVICES.items() if "outside" in service["networks"]} == {"head"}
+    assert {name for name, service in SERVICES.items() if "cluster" in service["networks"]} == {
+        "head",
+        "node",
+        "node-gpu",
+    }
+    assert [name for name, service in SERVICES.items() if "ports" in service] == ["head"]
+
+
+def test_nodes_load_what_one_service_fetches_at_the_users_word() -> None:
+    fetch, *nodes = (SERVICES[name] for name in ("fetch", "node", "node-gpu"))
+    assert (fetch["networks"], fetch["profiles"], fetch["restart"]) == (["outside"], ["fetch"], "no")
+    assert fetch["environment"]["HF_HUB_OFFLINE"] == "0"
+    for node in nodes:
+        assert node["networks"] == ["cluster"]
+        assert node["environment"]["HF_HUB_OFFLINE"] == "1", "a clear error at once, not a timeout"
+        assert node["environment"]["HF_HOME"] == fetch["environment"]["HF_HOME"]
+        assert node["volumes"] == fetch["volumes"]
+
+
+def test_the_files_that_loading_reads_are_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+    program, name, *flags = SERVICES["fetch"]["entrypoint"]
+    assert (program, name) == (".venv/bin/hf", "download")
+    asked: dict[str, Any] = {}
+
+    def record(**arguments: Any) -> str:
+        asked.update(arguments)
+        return "folder"
+
+    monkeypatch.setattr("huggingface_hub.cli.download.snapshot_download", record)
+    result = CliRunner().invoke(hub, [name, *flags, "org/model"])
+    assert result.exit_code == 0, result.output
+    read = [
+        "config.json",
+        "generation_config.json",
+        "model-00001-of-00002.safetensors",
+        "model.safetensors.index.json",
+        "tokenizer.json",
+        "tokenizer.model",
+        "merges.txt",
+        "chat_template.jinja",
+        OUTPUT_HEAD_FILE,
+    ]
+    others = ["pytorch_model.bin", "consolidated.safetensors", "model.gguf", "tf_model.h5"]
+    found = filter_repo_objects(
+        [*read, *others], allow_patterns=asked["allow_patterns"], ignore_patterns=asked["ignore_patterns"]
+    )
+    assert (asked["repo_id"], list(found)) == ("org/model", read)
+
+
+def test_there_is_a_node_for_every_worker() -> None:
+    workers = SERVICES["head"]["environment"]["MMTAD_NUM_WORKERS"]
+    assert SERVICES["node"]["deploy"]["replicas"] == workers == "${RAY_NODES:-2}"
 
 
 def test_the_manifest_of_an_operator_is_not_checked_but_its_pods_are() -> None:
