@@ -12,7 +12,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import ray
@@ -22,40 +22,42 @@ from ray.exceptions import ActorDiedError, RayError
 from server.config import ServerConfig
 from server.messages import Command, Event, FatalEvent, LoadCommand, ReadyEvent, encode_frame
 from server.ray_actor import WorkerActor
+from server.ray_nodes import Demand, NoClusterError, NodesAwaitedError
 from server.supervisor import WORKER_COMMAND
 from server.transport import WorkerTransport
 
 CONNECT_SECONDS = 5.0
-PLACING_SECONDS = 1.0  # between two attempts to reach an actor that has no node yet
+PLACING_SECONDS = 1.0  # between two attempts to find a node, or to reach an actor that has none yet
 ENDLESS = -1
+
+T = TypeVar("T")
 
 log = structlog.get_logger("server.ray")
 
 
-class NoClusterError(Exception):
-    """There is no cluster to join; the message is one line with the cure."""
+def aside(call: Callable[[], T]) -> "asyncio.Future[T]":
+    """What `call` returns, on a daemon, for which nobody waits at the end: Ray may block for minutes.
 
-
-def cores_per_worker(node_cores: Sequence[float], num_workers: int) -> int:
-    """The most whole cores that each of `num_workers` can have on nodes with so many; at least 1."""
-    most = int(max(node_cores, default=1))
-    fitting = (
-        cores for cores in range(most, 0, -1) if sum(each // cores for each in node_cores) >= num_workers
-    )
-    return next(fitting, 1)
-
-
-def check_gpus(node_gpus: Sequence[float], num_gpus: int) -> None:
-    """A worker waits for a node with a free GPU, but `num_gpus` that no node has would never come.
-
-    Raises NoClusterError.
+    And not on the main thread, whose signals Ray would take over.
     """
-    most = int(max(node_gpus, default=0))
-    if num_gpus > 1 and most < num_gpus:
-        raise NoClusterError(
-            f"--tensor-parallel-size {num_gpus}: no node of the cluster has more than {most} GPUs; "
-            "give a smaller number, or add a node"
-        )
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[T] = loop.create_future()
+
+    def settle(set_outcome: Callable[[Any], None], outcome: object) -> None:
+        if not future.done():
+            set_outcome(outcome)
+
+    def run() -> None:
+        with contextlib.suppress(RuntimeError):  # the server has ended meanwhile
+            try:
+                result = call()
+            except Exception as error:
+                loop.call_soon_threadsafe(settle, future.set_exception, error)
+            else:
+                loop.call_soon_threadsafe(settle, future.set_result, result)
+
+    threading.Thread(target=run, daemon=True, name="ray").start()
+    return future
 
 
 class RayCluster:
@@ -63,33 +65,24 @@ class RayCluster:
 
     def __init__(self, address: str, num_workers: int, device: str, num_gpus: int = 1) -> None:
         self._address = address
-        self._num_workers = num_workers
-        self._device = device
-        self._num_gpus = num_gpus
-        self._joining: asyncio.Future[dict[str, Any]] | None = None
+        self._demand = Demand(num_workers, device, num_gpus)
+        self._joining: asyncio.Future[None] | None = None
         self._files: tempfile.TemporaryDirectory[str] | None = None
 
-    async def join(self) -> dict[str, Any]:
-        """What a worker needs, as options of its actor; raises NoClusterError."""
+    async def options(self) -> dict[str, int]:
+        """What a worker needs of the nodes there are now, as options of its actor.
+
+        Raises NoClusterError, and NodesAwaitedError while nodes may still come.
+        """
         if self._joining is None:
-            self._joining = asyncio.get_running_loop().create_future()
-            # A daemon, for which nobody waits at the end: Ray may block for minutes. And not the main thread,
-            # whose signals Ray would take over.
-            threading.Thread(target=self._join, args=(self._joining,), daemon=True, name="ray").start()
+            self._joining = aside(self._connect)
             self._joining.add_done_callback(restore_signals)
-        return await asyncio.shield(self._joining)
+        await asyncio.shield(self._joining)
+        nodes = await aside(ray.nodes)
+        resources = [node["Resources"] for node in nodes if node["Alive"]]
+        return self._demand.options(resources, asyncio.get_running_loop().time())
 
-    def _join(self, joining: "asyncio.Future[dict[str, Any]]") -> None:
-        loop = joining.get_loop()
-        with contextlib.suppress(RuntimeError):  # the server has ended meanwhile
-            try:
-                options = self._connect()
-            except Exception as error:
-                loop.call_soon_threadsafe(joining.set_exception, error)
-            else:
-                loop.call_soon_threadsafe(joining.set_result, options)
-
-    def _connect(self) -> dict[str, Any]:
+    def _connect(self) -> None:
         try:
             if self._address != "auto":
                 host, _, port = self._address.rpartition(":")
@@ -100,12 +93,6 @@ class RayCluster:
                 f"--ray-address {self._address}: this machine is no node of such a cluster "
                 f"({type(error).__name__}); start one with: ray start --head"
             ) from error
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        node_gpus = [node.get("GPU", 0) for node in nodes]
-        if self._device == "cuda" or (self._device == "auto" and max(node_gpus, default=0) >= 1):
-            check_gpus(node_gpus, self._num_gpus)
-            return {"num_gpus": self._num_gpus, "num_cpus": self._num_gpus}
-        return {"num_cpus": cores_per_worker([node.get("CPU", 0) for node in nodes], self._num_workers)}
 
     def keep(self, content: bytes) -> str:
         """The path of a file with this content, there until `close`."""
@@ -159,11 +146,10 @@ class RayWorker(WorkerTransport):
 
     async def _live(self) -> None:
         try:
-            options = await self._cluster.join()
+            await self._launch()
         except NoClusterError as error:
             self._handle(FatalEvent(message=str(error), exit_code=1))
             return
-        await self._launch(options)
         self._outgoing = []
         writing = asyncio.create_task(self._write())
         try:
@@ -172,15 +158,15 @@ class RayWorker(WorkerTransport):
             self._ready, self._outgoing = False, None
             await _cancel(writing, self._fetching)
 
-    async def _launch(self, options: dict[str, Any]) -> None:
+    async def _launch(self) -> None:
         """A worker on some node, once there is one with room."""
         told = ""
         while True:
-            self._actor = self._actor or self._new_actor(options)
             try:
+                self._actor = self._actor or self._new_actor(await self._cluster.options())
                 await self._actor.launch.remote()
                 return
-            except RayError as error:
+            except (RayError, NodesAwaitedError) as error:
                 if isinstance(error, ActorDiedError):
                     self._actor = None
                 reason = str(error).partition("\n")[0]
@@ -189,7 +175,7 @@ class RayWorker(WorkerTransport):
                 told = reason
             await asyncio.sleep(PLACING_SECONDS)
 
-    def _new_actor(self, options: dict[str, Any]) -> Any:
+    def _new_actor(self, options: dict[str, int]) -> Any:
         actor = ray.remote(WorkerActor).options(
             max_restarts=ENDLESS,
             max_task_retries=0,

@@ -25,6 +25,7 @@ GREEDY = {"stream": True, "temperature": 0, "ignore_eos": True}
 NUM_TOKENS = 150
 TOLD_SECONDS = 20.0  # ten times the goal
 PLACED_SECONDS = 120.0
+WORKERS = ("--worker-backend", "ray", "--num-workers", "2", "--device", "cpu")
 
 
 @dataclass
@@ -46,9 +47,9 @@ class Nodes:
 def cluster(*cores: int) -> Iterator[Nodes]:
     command = [sys.executable, "-m", "tests.e2e.ray_cluster", *map(str, cores)]
     pipe = subprocess.PIPE
-    with subprocess.Popen(
-        command, cwd=ROOT, env=clean_environment(), stdin=pipe, stdout=pipe, text=True
-    ) as process:
+    # How many threads a worker has is up to Ray.
+    environment = {name: value for name, value in clean_environment().items() if name != "OMP_NUM_THREADS"}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdin=pipe, stdout=pipe, text=True) as process:
         assert process.stdout is not None
         assert process.stdin is not None
         address = process.stdout.readline().strip()
@@ -116,7 +117,7 @@ def large_target(tmp_path: Path) -> str:
 
 
 def test_a_node_is_lost_and_another_one_joins(start: Start, large_target: str) -> None:
-    flags = ("--worker-backend", "ray", "--num-workers", "2", "--max-num-seqs", "32", "--model", large_target)
+    flags = (*WORKERS, "--max-num-seqs", "32", "--model", large_target)
     with cluster(1, 1) as nodes, start(*flags, "--ray-address", nodes.address) as server:
         until(lambda: num_up(server) == 2, PLACED_SECONDS)
         whole, seconds_before = ask_all(server)
@@ -152,6 +153,17 @@ def test_a_node_is_lost_and_another_one_joins(start: Start, large_target: str) -
             f"loss seen after {seen - removed:.2f} s, "
             f"told {max(answer.ended for answer in told) - seen:.2f} s later\n"
         )
+        assert server.stop() == 0
+
+
+def test_nodes_may_come_after_the_server(start: Start) -> None:
+    with cluster() as nodes, start(*WORKERS, "--ray-address", nodes.address, wait=False) as server:
+        until(lambda: "no node has a core so far" in server.log.read_text(), PLACED_SECONDS)
+        for _ in range(2):
+            nodes.order("add 2")
+        until(server.is_ready, PLACED_SECONDS)
+        until(lambda: num_up(server) == 2, PLACED_SECONDS)
+        assert "cpu, 2 threads" in server.log.read_text(), "each has a node of its own, whole"
         assert server.stop() == 0
 
 

@@ -1,44 +1,15 @@
-"""How a cluster's cores are divided, and what crosses to another node."""
+"""What crosses to another node, and what a launch asks of the nodes of its moment."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install 'mmtad-server[ray]'")
 
 from server.messages import LoadCommand
-from server.ray_worker import NoClusterError, RayCluster, check_gpus, cores_per_worker, with_whole_paths
-
-
-@pytest.mark.parametrize(
-    ("node_cores", "num_workers", "cores"),
-    [
-        ([8.0], 1, 8),
-        ([8.0], 3, 2),
-        ([8.0, 4.0], 2, 4),
-        ([8.0, 4.0], 1, 8),
-        ([0.0, 2.0, 2.0], 2, 2),
-        ([2.0, 2.0], 3, 1),
-        ([1.0], 4, 1),  # the others wait for nodes
-        ([0.0], 1, 1),
-        ([], 2, 1),
-    ],
-)
-def test_workers_get_as_many_whole_cores_as_all_can_have(
-    node_cores: list[float], num_workers: int, cores: int
-) -> None:
-    assert cores_per_worker(node_cores, num_workers) == cores
-
-
-@pytest.mark.parametrize(("node_gpus", "num_gpus"), [([], 1), ([1.0], 1), ([1.0, 2.0], 2), ([8.0], 4)])
-def test_gpus_that_some_node_has_are_waited_for(node_gpus: list[float], num_gpus: int) -> None:
-    check_gpus(node_gpus, num_gpus)
-
-
-@pytest.mark.parametrize(("node_gpus", "num_gpus", "most"), [([], 2, 0), ([1.0, 1.0], 2, 1), ([4.0], 8, 4)])
-def test_gpus_that_no_node_has_are_told(node_gpus: list[float], num_gpus: int, most: int) -> None:
-    with pytest.raises(NoClusterError, match=rf"size {num_gpus}: no node .* more than {most} GPUs; give a"):
-        check_gpus(node_gpus, num_gpus)
+from server.ray_nodes import NodesAwaitedError
+from server.ray_worker import RayCluster, with_whole_paths
 
 
 def test_a_folder_is_named_from_the_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,3 +29,17 @@ def test_a_file_of_another_node_is_kept_under_its_content() -> None:
     assert (Path(first).read_bytes(), Path(other).read_bytes()) == (b"{}", b"[]")
     cluster.close()
     assert not Path(first).exists()
+
+
+async def test_options_are_those_of_the_nodes_that_are_there_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes: list[dict[str, Any]] = []
+    monkeypatch.setattr("ray.init", lambda **_: None)
+    monkeypatch.setattr("ray.nodes", lambda: nodes)
+    cluster = RayCluster("auto", 2, "cpu")
+    with pytest.raises(NodesAwaitedError):
+        await cluster.options()
+    nodes += [{"Alive": alive, "Resources": {"CPU": 4.0}} for alive in (True, False)]
+    with pytest.raises(NodesAwaitedError, match="so far: 1"):
+        await cluster.options()
+    nodes[1]["Alive"] = True
+    assert await cluster.options() == {"num_cpus": 4}
