@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import Cache
 
 from decoding.config import MAX_TREE_NODES
+from decoding.host import to_host
 from decoding.row_pieces import Piece, cheapest_pieces
 
 LENGTH_BUCKET = 64  # keys are cut to the live length rounded up to this many columns
@@ -120,7 +121,7 @@ class KVCache(Cache):
         """By what each row sees: its committed columns, and up to the last of those that it writes."""
         if columns.device.type != "cpu":  # the host must not wait for lengths, nor may a graph depend on them
             return ((slice(0, len(columns)), live),)
-        lives = [min(round_up(last + 1, LENGTH_BUCKET), live) for last in columns[:, -1].tolist()]
+        lives = [min(round_up(last + 1, LENGTH_BUCKET), live) for last in to_host(columns[:, -1])]
         return cheapest_pieces(tuple(lives), self.storage[0, :, 0, :, 0].nbytes)
 
     def _flat_slots(self, rows: slice, columns: Tensor) -> Tensor:
