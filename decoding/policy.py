@@ -16,6 +16,7 @@ from decoding.survival import PairSurvival, SequenceSurvival
 HYSTERESIS = 1.05
 PROBE_STEPS = 16  # least steps between two probes
 SETTLED_STEPS = 8  # for which plain steps of as many rows are not thought over again
+NEWCOMERS = 0.2  # share of the rows that is thought over at once
 PLAIN_STEPS = 64  # after which a plain step shows what all costs are compared with
 PROBE_SHARE = 0.01  # of the time, in plain steps, that probes may lose
 PROBE_CREDIT = 0.5  # plain steps that they may lose at first
@@ -75,14 +76,17 @@ class _Group:
         self.families = {shape: _family(shape) for shape in self.shapes}
 
     def is_due(self, sequences: Series[Sequence]) -> bool:
-        """Whether a choice is worth its time: plain steps teach nothing, and who is joined gets company."""
+        """Whether a choice is worth its time: plain steps teach nothing, and one newcomer changes little."""
         before, self.rows = self.rows, len(sequences)
         if self.current.depth or self.taken.depth:
             return True
+        newcomers = sum(sequence.num_steps == 0 for sequence in sequences)
+        if newcomers <= NEWCOMERS * self.rows:
+            return self.steps >= self.settled
         if self.rows > before:  # often not the last one to come
             self.settled = self.steps + 1
             return False
-        return self.steps >= self.settled or any(sequence.num_steps == 0 for sequence in sequences)
+        return True
 
     def age(self, shape: Preset) -> int:
         """Steps since one of its family was run."""

@@ -123,7 +123,7 @@ def test_another_server_is_asked_for_no_method(
     assert point["method"] == "server"
     assert result["conditions"]["complete"]
     assert point["tokens"] == 2 * 8 * 10
-    assert len(OtherServer.bodies) == serve.DISCARDED + 2 * 6
+    assert len(OtherServer.bodies) == serve.DISCARDED + 2 * 8
     assert not any("speculative" in body for body in OtherServer.bodies)
     assert {body["model"] for body in OtherServer.bodies} == {"other"}
 
