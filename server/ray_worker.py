@@ -72,9 +72,10 @@ class RayCluster:
     async def options(self) -> dict[str, int]:
         """What a worker needs of the nodes there are now, as options of its actor.
 
-        Raises NoClusterError, and NodesAwaitedError while nodes may still come.
+        Raises NoClusterError, and NodesAwaitedError while nodes may still come. What else fails at joining
+        is tried anew at the next call.
         """
-        if self._joining is None:
+        if self._joining is None or _failed_for_now(self._joining):
             self._joining = aside(self._connect)
             self._joining.add_done_callback(restore_signals)
         await asyncio.shield(self._joining)
@@ -223,6 +224,11 @@ def ray_launch(config: ServerConfig) -> Callable[..., RayWorker]:
     """What starts the workers of a server in the cluster of `--ray-address`."""
     cluster = RayCluster(config.ray_address, config.num_workers, config.device, config.tensor_parallel_size)
     return lambda load, on_event, on_lost: RayWorker(load, on_event, on_lost, cluster)
+
+
+def _failed_for_now(joining: "asyncio.Future[None]") -> bool:
+    error = joining.exception() if joining.done() else None
+    return error is not None and not isinstance(error, NoClusterError)
 
 
 def restore_signals(_: object) -> None:

@@ -107,12 +107,7 @@ class WorkerProcess(WorkerTransport):
 
     async def _live(self) -> None:
         """One process from its start to its death."""
-        ours, theirs = socket.socketpair()
-        with theirs:
-            load = self._load
-            environment = worker_environment(load.worker, load.num_workers, load.tensor_parallel_size)
-            self._process = spawn_worker(self._command_line, theirs, environment)
-        reader, self._writer = await asyncio.open_connection(sock=ours)
+        reader, self._writer, self._process = await self._start_process()
         try:
             await self._converse(functools.partial(reader.read, READ_BYTES))
             grace = STOP_GRACE_SECONDS if self._stopping else EXIT_GRACE_SECONDS
@@ -123,3 +118,22 @@ class WorkerProcess(WorkerTransport):
             self._writer.close()
             self._process.kill()
             log.info("worker_ended", pid=self._process.pid, status=self._process.wait())
+
+    async def _start_process(
+        self,
+    ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter, "subprocess.Popen[bytes]"]:
+        """A process and our end of its link; nothing is left of them where one cannot be had."""
+        load = self._load
+        environment = worker_environment(load.worker, load.num_workers, load.tensor_parallel_size)
+        ours, theirs = socket.socketpair()
+        process = None
+        try:
+            with theirs:
+                process = spawn_worker(self._command_line, theirs, environment)
+            return *await asyncio.open_connection(sock=ours), process
+        except BaseException:
+            ours.close()
+            if process is not None:
+                process.kill()
+                process.wait()
+            raise

@@ -67,6 +67,7 @@ class WorkerTransport(ABC):
         self._ready_since = 0.0  # of the event loop's clock
         self._stopping = False
         self._fatal = False
+        self._told = False  # that the present life is lost
 
     def start(self) -> None:
         self._task = asyncio.get_running_loop().create_task(self._run())
@@ -92,21 +93,30 @@ class WorkerTransport(ABC):
 
     @abstractmethod
     async def _live(self) -> None:
-        """One worker from its start to its death, of which it tells."""
+        """One worker from its start to its death, of which it tells; what it raises is such a death too."""
 
     async def _converse(self, read: Callable[[], Awaitable[bytes]]) -> None:
         """With a worker that has just started: have it load, hear it to its end, tell a death."""
         self.send(self._load)
         await self._read_events(read)
-        if not self._stopping and not self._fatal:
+        self._tell_lost()
+
+    def _tell_lost(self) -> None:
+        """Once of each life, unless its end was wanted."""
+        if not (self._stopping or self._fatal or self._told):
+            self._told = True
             self._on_lost()
 
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()
         delay = FIRST_BACKOFF_SECONDS
         while not self._stopping:
-            self._ready_since = math.inf
-            await self._live()
+            self._ready_since, self._told = math.inf, False
+            try:
+                await self._live()
+            except Exception:  # a machine without descriptors or processes left may have some again
+                log.exception("transport_failed", worker=self._load.worker)
+                self._tell_lost()
             if self._stopping or self._fatal:
                 return
             if loop.time() - self._ready_since > STABLE_SECONDS:

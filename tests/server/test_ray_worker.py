@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip("ray", reason="Ray is not installed: pip install 'mmtad-server[ray]'")
 
 from server.messages import LoadCommand
-from server.ray_nodes import NodesAwaitedError
+from server.ray_nodes import NoClusterError, NodesAwaitedError
 from server.ray_worker import RayCluster, with_whole_paths
 
 
@@ -43,3 +43,19 @@ async def test_options_are_those_of_the_nodes_that_are_there_now(monkeypatch: py
         await cluster.options()
     nodes[1]["Alive"] = True
     assert await cluster.options() == {"num_cpus": 4}
+
+
+async def test_what_failed_at_joining_is_tried_anew_but_no_wrong_address(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cluster, errors = RayCluster("auto", 1, "cpu"), [OSError("for now"), NoClusterError("for good")]
+
+    def connect() -> None:
+        raise errors.pop(0)
+
+    monkeypatch.setattr(cluster, "_connect", connect)
+    with pytest.raises(OSError, match="for now"):
+        await cluster.options()
+    for _ in range(2):
+        with pytest.raises(NoClusterError, match="for good"):
+            await cluster.options()

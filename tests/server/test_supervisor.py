@@ -1,11 +1,14 @@
 """Real child processes: started over a socketpair, watched, replaced, stopped, never left behind."""
 
 import asyncio
+import errno
 import os
 import signal
+import socket
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Any
 
 import pytest
 from structlog.testing import capture_logs
@@ -110,6 +113,31 @@ async def test_a_worker_ignores_the_signals_of_the_terminal(watch: Watch) -> Non
         os.kill(pid, signal.SIGTERM)
         await watched.generate()
         assert os.getpgid(pid) == pid
+
+
+@pytest.mark.parametrize("failing", ["socketpair", "spawn_worker", "open_connection"])
+async def test_a_worker_that_cannot_be_started_is_told_and_tried_again(
+    failing: str, watch: Watch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a machine that ran out of descriptors or processes for a while; nothing of it stays open."""
+    owner = {"socketpair": socket, "spawn_worker": supervisor, "open_connection": asyncio}[failing]
+    start, attempts = getattr(owner, failing), []
+
+    def scarce(*args: Any, **kwargs: Any) -> Any:
+        attempts.append(len(os.listdir("/proc/self/fd")))
+        if len(attempts) <= 3:
+            raise OSError(errno.EMFILE, "too many open files")
+        return start(*args, **kwargs)
+
+    monkeypatch.setattr(owner, failing, scarce)
+    with capture_logs() as logged:
+        async with watch("ok") as watched:
+            await until(lambda: watched.count(ReadyEvent) == 1)
+            assert watched.num_lost == 3
+            await watched.generate()
+    failures = [entry for entry in logged if entry["event"] == "transport_failed"]
+    assert [(entry["exc_info"], entry["worker"]) for entry in failures] == [(True, 0)] * 3
+    assert len(set(attempts)) == 1
 
 
 async def test_a_bad_frame_ends_its_link_and_no_more(watch: Watch) -> None:
