@@ -102,7 +102,7 @@ def serving(arguments: argparse.Namespace, rows: int) -> Iterator[tuple[psutil.P
     pace = [str(arguments.step_seconds), str(arguments.tokens), str(load_core)]
     flags = ["--port", str(port), "--served-model-name", "paced", "--num-workers", str(arguments.workers)]
     command = [sys.executable, "-m", "benchmarks.api_process", "--serve", str(api_core), *pace]
-    command += [*flags, "--max-num-seqs", str(rows), "--energy-source", "none"]
+    command += [*flags, "--max-num-seqs", str(rows), "--device", "cpu", "--energy-source", "none"]
     with started(command, f"http://127.0.0.1:{port}", seconds=START_SECONDS) as process:
         asyncio.run(_ready(port, arguments.workers))
         yield process, port

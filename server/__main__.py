@@ -143,10 +143,25 @@ def bind(host: str, port: int, flag: str) -> socket.socket:
 
 
 def with_workers(config: ServerConfig) -> ServerConfig:
-    """Unless it says otherwise, as many workers as there are GPUs for; on a CPU one, with all its cores."""
-    if "num_workers" in config.model_fields_set or config.device == "cpu":
+    """Unless it says otherwise, as many workers as there are GPUs for; on a CPU one, with all its cores.
+
+    Raises ConfigError where there are GPUs, but fewer than the workers of this machine need.
+    """
+    is_told = "num_workers" in config.model_fields_set
+    needed = config.num_workers * config.tensor_parallel_size
+    if config.device == "cpu" or (is_told and (needed == 1 or config.worker_backend != "local")):
         return config
-    return config.model_copy(update={"num_workers": max(1, count_gpus() // config.tensor_parallel_size)})
+    visible = count_gpus()
+    if not is_told:
+        config = config.model_copy(update={"num_workers": max(1, visible // config.tensor_parallel_size)})
+        needed = config.num_workers * config.tensor_parallel_size
+    if needed > visible > 0 and config.worker_backend == "local":
+        raise ConfigError(
+            f"--num-workers {config.num_workers} with --tensor-parallel-size {config.tensor_parallel_size} "
+            f"needs {needed} GPUs, of which {visible} can be seen; give smaller numbers, name more GPUs in "
+            "CUDA_VISIBLE_DEVICES, or hide all with --device cpu"
+        )
+    return config
 
 
 def main(launch: Launch = WorkerProcess) -> int:

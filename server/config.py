@@ -231,8 +231,9 @@ def worker_environment(worker: int = 0, num_workers: int = 1, num_gpus: int = 1)
     if num_workers > 1:
         cores = len(os.sched_getaffinity(0))
         environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // num_workers)))
-        visible = [each for each in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if each]
-        places = range(worker * num_gpus, (worker + 1) * num_gpus)
-        names = [visible[place % len(visible)] if visible else str(place) for place in places]
-        environment["CUDA_VISIBLE_DEVICES"] = ",".join(names)
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        last = (worker + 1) * num_gpus
+        # Where it is empty GPUs are hidden; a name beyond the last one would be a GPU of another worker.
+        names = [str(place) for place in range(last)] if visible is None else visible.split(",")
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(names[worker * num_gpus : last])
     return environment

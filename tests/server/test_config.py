@@ -261,17 +261,22 @@ def test_compute_threads_of_a_worker_sleep_unless_told_otherwise(monkeypatch: py
 @pytest.mark.parametrize(
     ("visible", "worker", "num_gpus", "seen"),
     [
-        ("", 2, 1, "2"),
-        ("", 1, 2, "2,3"),
+        (None, 2, 1, "2"),
+        (None, 1, 2, "2,3"),
         ("4,5,6,7", 1, 1, "5"),
         ("4,5,6,7", 1, 2, "6,7"),
-        ("4,5", 1, 2, "4,5"),
+        ("4,5", 1, 2, ""),
+        ("", 0, 1, ""),
+        ("", 2, 2, ""),
     ],
 )
 def test_each_of_several_workers_sees_its_gpus(
-    visible: str, worker: int, num_gpus: int, seen: str, monkeypatch: pytest.MonkeyPatch
+    visible: str | None, worker: int, num_gpus: int, seen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    """And none of another; where all are hidden they stay it."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert worker_environment(worker, 3, num_gpus)["CUDA_VISIBLE_DEVICES"] == seen
 
 

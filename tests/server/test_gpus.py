@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from server import gpus
-from server.__main__ import with_workers
+from server.__main__ import EXIT_USAGE, main, with_workers
 from server.config import load_config
 
 ROOT = Path(__file__).parent.parent.parent
@@ -70,7 +70,9 @@ def test_the_count_comes_from_a_child(output: bytes, count: int, monkeypatch: py
         (["--num-workers", "2"], 0, 2),
         (["--device", "cpu"], 4, 1),
         (["--tensor-parallel-size", "2"], 5, 2),
-        (["--tensor-parallel-size", "4"], 2, 1),
+        (["--num-workers", "2"], 2, 2),
+        (["--num-workers", "2", "--device", "cpu"], 1, 2),
+        (["--tensor-parallel-size", "4"], 0, 1),
     ],
 )
 def test_one_worker_per_gpu_unless_told(
@@ -78,6 +80,36 @@ def test_one_worker_per_gpu_unless_told(
 ) -> None:
     monkeypatch.setattr("server.__main__.count_gpus", lambda: visible)
     assert with_workers(load_config(arguments)).num_workers == workers
+
+
+@pytest.mark.parametrize(
+    ("arguments", "visible"),
+    [
+        (["--num-workers", "2"], 1),
+        (["--num-workers", "2", "--tensor-parallel-size", "2", "--device", "cuda"], 3),
+        (["--tensor-parallel-size", "4"], 2),
+        (["--num-workers", "1", "--tensor-parallel-size", "2"], 1),
+    ],
+)
+def test_fewer_gpus_than_workers_need_are_told_at_the_start(
+    arguments: list[str],
+    visible: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("server.__main__.count_gpus", lambda: visible)
+    monkeypatch.setattr(sys, "argv", ["server", *arguments])
+    assert main() == EXIT_USAGE
+    error = capsys.readouterr().err
+    assert error.startswith("error: --num-workers ")
+    assert f"of which {visible} can be seen; give smaller" in error
+
+
+def test_gpus_of_a_cluster_are_not_those_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ray")
+    monkeypatch.setattr("server.__main__.count_gpus", lambda: 1)
+    arguments = ["--worker-backend", "ray", "--num-workers", "8"]
+    assert with_workers(load_config(arguments)).num_workers == 8
 
 
 def test_the_environment_may_tell_too(monkeypatch: pytest.MonkeyPatch) -> None:
