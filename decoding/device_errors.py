@@ -1,5 +1,6 @@
 """What an error of the device means: memory that ran out comes back, a device that is lost does not."""
 
+import logging
 import traceback
 
 import torch
@@ -7,6 +8,8 @@ import torch
 from decoding.errors import RankError
 
 MEMORY_SIGNS = ("out of memory", "alloc_failed", "can't allocate memory")
+
+logger = logging.getLogger(__name__)
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -24,7 +27,15 @@ def is_device_lost(error: Exception) -> bool:
 
 
 def release_memory(error: Exception, device: torch.device) -> None:
-    """Give back what the step that raised `error` still holds, and what the allocator keeps for later."""
+    """Give back what the step that raised `error` still holds, and what the allocator keeps for later.
+
+    A recording that failed may have left the allocator unable to: the rest is done without it.
+    """
     traceback.clear_frames(error.__traceback__)
     if device.type == "cuda":
-        torch.cuda.empty_cache()
+        try:
+            torch.cuda.empty_cache()
+        except RuntimeError as refusal:
+            logger.warning(
+                "the device's allocator gives nothing back: %s", " ".join(str(refusal).split())[:200]
+            )

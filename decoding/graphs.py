@@ -15,7 +15,9 @@ from decoding.kv_cache import KVCache
 from decoding.passes import Pass
 
 SHORTEST_LIVE = 512  # columns; live lengths double from here to the capacity
-MOST_TOKENS = 1024  # of all rows: a larger pass is bound by its arithmetic, and its graph by its memory
+# Of all rows, padding included: 64 rows of 17 nodes, the tree of the defaults. A larger pass is bound by
+# its arithmetic, and its graph by its memory.
+MOST_TOKENS = 64 * 17
 MOST_GRAPHS = 256  # of one model
 # The same operations on the same shapes: what differs by more than another order of sums is a fault.
 MAX_RELATIVE_ERROR = 1e-4
@@ -162,8 +164,9 @@ class PassGraphs:
     def _record(self, shape: Shape, rows: slice, inputs: Pass) -> Graph | None:
         try:
             graph = self._blank(shape, inputs.mask.device)
-            error = graph.record(self._recorder, self._run, rows, inputs)
-        except RuntimeError as cause:
+            difference = graph.record(self._recorder, self._run, rows, inputs)
+        except RuntimeError as error:
+            cause = _cause(error)
             if is_out_of_memory(cause):
                 self._most = len(self._graphs)
                 logger.warning("no memory for more than %d graphs: other passes are not replayed", self._most)
@@ -171,8 +174,8 @@ class PassGraphs:
                 self._stop(f"{type(cause).__name__}: {' '.join(str(cause).split())[:200]}")
             return None
         half = self._dtype in (torch.float16, torch.bfloat16)
-        if not error <= (MAX_RELATIVE_ERROR_HALF if half else MAX_RELATIVE_ERROR):
-            self._stop(f"{shape} is off by {error:.1e} against the pass itself")
+        if not difference <= (MAX_RELATIVE_ERROR_HALF if half else MAX_RELATIVE_ERROR):
+            self._stop(f"{shape} is off by {difference:.1e} against the pass itself")
             return None
         self._graphs[shape] = graph
         return graph
@@ -190,6 +193,11 @@ class PassGraphs:
         logger.warning("passes are not replayed from graphs: %s", reason)
         self._graphs.clear()
         self.enabled = False
+
+
+def _cause(error: RuntimeError) -> Exception:
+    """What broke a recording: its end raises anew, and says only that something did."""
+    return error.__context__ if isinstance(error.__context__, Exception) else error
 
 
 def _doubling(first: int, last: int) -> list[int]:

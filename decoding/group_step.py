@@ -12,7 +12,7 @@ from decoding.methods.step import RowStep
 from decoding.model_pair import ModelPair
 from decoding.policy import Policy
 from decoding.sequence import Sequence
-from decoding.timing import cost_clock
+from decoding.timing import cost_clock, finish_queued
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +54,7 @@ class GroupStepper:
         self.used_draft = sequences[0].config.uses_draft and shape.step_method != "target"
         if policy is not None:
             self._take_shape(shape, batch, sequences)
+            finish_queued(self._pair.device)  # gaps and prompts are no cost of this shape
         started = self._clock()
         step = METHODS_BY_NAME[shape.step_method].step(self._pair, batch)
         rows = [step.unpack(values) for values in to_host(step.packed())]

@@ -11,7 +11,7 @@ from decoding.rows import RowTable
 from decoding.sequence import Sequence
 from decoding.staging import Staging
 from decoding.statistics import Admissions
-from decoding.timing import StepTimer
+from decoding.timing import StepTimer, finish_queued
 
 
 class PromptQueue:
@@ -117,10 +117,12 @@ class PromptQueue:
         return True
 
     def _advance(self, sequence: Sequence, staging: Staging, done: Admissions) -> None:
-        started = time.monotonic()
+        started, is_long = time.monotonic(), self._is_long(sequence)
         num_tokens = staging.advance(sequence, self.chunk_limit.size)
+        if is_long and (self._rows.sequences or len(self._waiting) > 1):
+            finish_queued(staging.device)  # it shares time: the chunk counts, not its launch
         seconds = time.monotonic() - started
-        done.note_chunk(sequence, num_tokens, seconds, is_long=self._is_long(sequence))
+        done.note_chunk(sequence, num_tokens, seconds, is_long=is_long)
         self._timer.charge("prefill", sequence.config.method, (sequence.id,))
 
     def _is_long(self, sequence: Sequence) -> bool:

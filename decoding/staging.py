@@ -28,6 +28,10 @@ class Staging:
         self._scores: list[TokenLogProb] = []
         self._scored: Sequence | None = None
 
+    @property
+    def device(self) -> torch.device:
+        return self._models[0].device
+
     def ready(self, sequence: Sequence) -> bool:
         """Whether the row holds all that `sequence` must have cached; else it is emptied of other prompts."""
         cached = (sequence.prompt_ids + sequence.output_ids)[:-1]

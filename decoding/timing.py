@@ -32,6 +32,12 @@ def cost_clock(device: torch.device, ranks: int) -> Callable[[], float]:
     return time.monotonic if device.type == "cuda" or ranks > 1 else time.process_time
 
 
+def finish_queued(device: torch.device) -> None:
+    """Wait for what `device` was given so far, so that a clock begins, or ends, with it: nothing on a CPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 class PassTimer:
     """Marks the start and the end of every pass of one model, without waiting for its device."""
 

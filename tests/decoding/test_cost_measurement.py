@@ -8,16 +8,19 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from filelock import FileLock
 
 from decoding import Engine, ModelPair
 from decoding import cost_measurement as module
 from decoding.config import Preset
 from decoding.cost_curve import CATCH_UP, DRAFT, GAP, KINDS, TARGET, CostCurve
-from decoding.cost_measurement import load_costs
+from decoding.cost_measurement import load_costs, measure_costs
+from decoding.kv_cache import KVCache
 from decoding.policy import Policy
 from tests.decoding.tiny import drain, llama_pair, request
 
@@ -175,3 +178,48 @@ def test_measured_costs_serve_an_engine(pair: ModelPair, tmp_path: Path) -> None
         engine.add(request(str(number), [3, 1, number], adaptive=True, max_tokens=30, ignore_eos=True))
     texts = drain(engine, check=True)
     assert all(len(text.token_ids) == 30 for text in texts.values())
+
+
+def test_cleared_rows_are_no_cost_of_the_next_pass(pair: ModelPair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a device that works behind the host."""
+    now = queued = 0.0
+    clear_row, run = KVCache.clear_row, module._run
+
+    def clearing(*args: Any, **options: Any) -> None:
+        nonlocal queued
+        queued += 100.0
+        clear_row(*args, **options)
+
+    def running(*args: Any) -> None:
+        nonlocal queued
+        queued += 1.0
+        run(*args)
+
+    def finish(*_: Any) -> None:
+        nonlocal now, queued
+        now, queued = now + queued, 0.0
+
+    monkeypatch.setattr(module, "cost_clock", lambda *_: lambda: now)
+    monkeypatch.setattr(module, "finish_queued", finish)
+    monkeypatch.setattr(module, "_run", running)
+    monkeypatch.setattr(KVCache, "clear_row", clearing)
+    curve = measure_costs(pair, [(TARGET, 1, 1), (TARGET, 2, 1)])
+    assert curve.passes == {TARGET: {1: [(1, 1.0)], 2: [(1, 1.0)]}}
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_first_run_of_a_pass_on_a_gpu_is_not_counted(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It loads kernels and records graphs."""
+    taken: dict[Any, int] = {}
+
+    def timing(pair: Any, each: Any, context: int) -> float:
+        taken[each] = taken.get(each, 0) + 1
+        return float(taken[each])  # a first one that counted would be the least
+
+    monkeypatch.setattr(module, "_time", timing)
+    monkeypatch.setattr(module, "MOST_ROUNDS", 2)
+    some = SimpleNamespace(device=torch.device(device), max_model_len=64)
+    curve = measure_costs(some, [(TARGET, 1, 1), (DRAFT, 1, 1)])  # type: ignore[arg-type]
+    untimed = int(device == "cuda")
+    assert curve.passes == {kind: {1: [(1, 1.0 + untimed)]} for kind in (TARGET, DRAFT)}
+    assert set(taken.values()) == {2 + untimed}

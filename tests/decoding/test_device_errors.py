@@ -1,5 +1,7 @@
 """Which errors of a device leave it usable."""
 
+import logging
+
 import pytest
 import torch
 
@@ -48,3 +50,15 @@ def test_what_the_failed_step_held_is_given_back() -> None:
         assert alive[0]() is not None
         release_memory(error, torch.device("cpu"))
         assert alive[0]() is None
+
+
+def test_an_allocator_that_gives_nothing_back_is_told_and_no_more(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse() -> None:
+        raise RuntimeError("captures_underway.empty() INTERNAL ASSERT FAILED")
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", refuse)
+    with caplog.at_level(logging.WARNING):
+        release_memory(torch.OutOfMemoryError("no more"), torch.device("cuda"))
+    assert "gives nothing back: captures_underway" in caplog.text

@@ -173,17 +173,27 @@ def test_the_row_of_prompts_is_never_padding() -> None:
 
 def test_passes_of_too_many_tokens_do_not_fit() -> None:
     graphs = Twins(tiny_llama).graphs
-    assert graphs.fits(Shape(4, 256, 64, 1))
-    assert not graphs.fits(Shape(4, 257, 64, 1))
+    assert graphs.fits(Shape(64, 17, 64, 1))
+    assert not graphs.fits(Shape(64, 18, 64, 1))
 
 
 class Raises:
-    def __init__(self, error: RuntimeError) -> None:
+    def __init__(self, error: Exception) -> None:
         self.error = error
 
     def record(self, work: Callable[[], None]) -> Callable[[], None]:
         work()
         raise self.error
+
+
+class EndsAnew(Raises):
+    """As the end of a recording does that something broke."""
+
+    def record(self, work: Callable[[], None]) -> Callable[[], None]:
+        try:
+            return super().record(work)
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
 
 
 class ForgetsInputs:
@@ -208,10 +218,11 @@ class ReadsTheDevice(TapeRecorder):
     ("recorder", "reason"),
     [
         (Raises(RuntimeError("operation not permitted\nwhen capturing")), "not permitted when capturing"),
+        (EndsAnew(TypeError("no such kernel")), "TypeError: no such kernel"),
         (ForgetsInputs(), "is off by"),
         (ReadsTheDevice(), "_local_scalar_dense"),
     ],
-    ids=["raises", "differs", "reads"],
+    ids=["raises", "ends anew", "differs", "reads"],
 )
 def test_a_graph_that_fails_ends_the_use_of_graphs(
     recorder: Any, reason: str, caplog: pytest.LogCaptureFixture
@@ -228,10 +239,13 @@ def test_a_graph_that_fails_ends_the_use_of_graphs(
     assert twins.graphs.live_length(LENGTH_BUCKET) == LENGTH_BUCKET
 
 
-def test_out_of_memory_ends_recording_but_keeps_graphs(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("kind", [Raises, EndsAnew])
+def test_out_of_memory_ends_recording_but_keeps_graphs(
+    kind: type[Raises], caplog: pytest.LogCaptureFixture
+) -> None:
     twins = Twins(tiny_llama)
     twins.equal(trees(slice(0, 2), 1))
-    twins.graphs._recorder = Raises(torch.OutOfMemoryError("CUDA out of memory"))
+    twins.graphs._recorder = kind(torch.OutOfMemoryError("CUDA out of memory"))
     with caplog.at_level(logging.WARNING):
         for rows in (slice(0, 4), slice(0, 5), slice(0, 2)):
             twins.equal(trees(rows, 2))

@@ -94,13 +94,25 @@ def test_the_long_one_is_not_starved_by_a_flood(pair: ModelPair, clock: Clock) -
     assert steps <= 2 * chunks
 
 
-def test_running_rows_have_as_long_as_a_chunk_took(pair: ModelPair, clock: Clock) -> None:
+@pytest.mark.parametrize("behind", [False, True], ids=["at once", "device behind"])
+def test_running_rows_have_as_long_as_a_chunk_took(
+    behind: bool, pair: ModelPair, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A chunk that takes as long as several steps is followed by as many without one."""
-    prefill = pair.target.prefill
+    prefill, queued = pair.target.prefill, 0.0
 
     def slow(*args: Any, **options: Any) -> torch.Tensor:
-        clock.now += 30.0
+        nonlocal queued
+        queued += 30.0
+        if not behind:
+            finish()
         return prefill(*args, **options)
+
+    def finish(*_: Any) -> None:
+        nonlocal queued
+        clock.now, queued = clock.now + queued, 0.0
+
+    monkeypatch.setattr("decoding.prompt_queue.finish_queued", finish)
 
     engine = Engine(pair, 4, prefill_chunk=CHUNK)
     engine.add(short_one("a", max_tokens=80, ignore_eos=True, num_speculative_tokens=1))
@@ -115,6 +127,20 @@ def test_running_rows_have_as_long_as_a_chunk_took(pair: ModelPair, clock: Clock
     assert places[0] == 0
     assert len(places) >= 3
     assert min(later - earlier for earlier, later in itertools.pairwise(places)) >= 5
+
+
+@pytest.mark.parametrize(("prompts", "waits"), [(["long"], False), (["a"], False), (["long", "a"], True)])
+def test_only_a_long_prompt_that_shares_time_is_waited_for(
+    prompts: list[str], waits: bool, pair: ModelPair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited: list[torch.device] = []
+    monkeypatch.setattr("decoding.prompt_queue.finish_queued", waited.append)
+    engine = Engine(pair, 4, prefill_chunk=CHUNK)
+    for name in prompts:
+        engine.add(long_one() if name == "long" else short_one(name))
+    drain(engine)
+    assert bool(waited) == waits
+    assert set(waited) <= {pair.device}
 
 
 @pytest.mark.parametrize("seed", range(6))

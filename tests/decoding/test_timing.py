@@ -9,7 +9,7 @@ import torch
 
 from decoding import DecodingConfig, Engine, SamplingParams, Sequence
 from decoding.config import METHODS
-from decoding.timing import PassTimer, StepTimer, timed
+from decoding.timing import PassTimer, StepTimer, finish_queued, timed
 from tests.decoding.tiny import llama_pair
 
 
@@ -124,3 +124,11 @@ def test_timed() -> None:
     result, seconds = timed(sorted, [2, 1])
     assert result == [1, 2]
     assert 0 <= seconds < 1
+
+
+def test_only_a_gpu_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    for name in ("cpu", "cuda:1"):
+        finish_queued(torch.device(name))
+    assert waited == [torch.device("cuda:1")]
