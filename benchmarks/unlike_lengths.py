@@ -1,6 +1,6 @@
 """What rows of long texts cost those of short ones that share their steps.
 
-    python -m benchmarks.unlike_lengths --rows 16 --long-rows 0 1 4 --long-tokens 1800
+    python -m benchmarks.unlike_lengths --rows 16 --long-rows 0 1 --long-tokens 1800
 
 The engine alone on the embedded pair, temperature 0: all rows hold short texts, then some of them long
 ones, spread over the batch. Only steps with every row count, prefill is not part of them. Prints a row
@@ -78,7 +78,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         prog="python -m benchmarks.unlike_lengths", description=(__doc__ or "").splitlines()[0]
     )
     parser.add_argument("--rows", type=int, default=16, help="decoded at once")
-    parser.add_argument("--long-rows", type=int, nargs="+", default=[0, 1, 4], help="that hold long texts")
+    parser.add_argument("--long-rows", type=int, nargs="+", default=[0, 1], help="that hold long texts")
     parser.add_argument("--short-tokens", type=int, default=43, help="of a short prompt")
     parser.add_argument("--long-tokens", type=int, default=1800, help="of a long prompt")
     parser.add_argument("--max-tokens", type=int, default=160, help="new tokens of every row")
