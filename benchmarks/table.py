@@ -3,13 +3,13 @@
 import math
 import os
 import platform
-import subprocess
 from typing import Any
 
 import torch
 
 from benchmarks.cost import CostTable, SpeedUp
 from benchmarks.generation import Generation
+from benchmarks.load.processes import commit
 from benchmarks.quality import distinct, longest_repeat, survival
 from decoding import DecodingConfig, ModelPair
 
@@ -141,12 +141,6 @@ def environment(
 
     `parameters` are those of target and draft, `step_bytes` the weights that one pass of the target streams.
     """
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],  # noqa: S607 - whichever git the caller has
-        capture_output=True,
-        text=True,
-        check=False,
-    )
     return {
         "pair": label,
         "models": pair.description,
@@ -159,7 +153,7 @@ def environment(
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "commit": commit.stdout.strip() or None,
+        "commit": commit(),
     }
 
 

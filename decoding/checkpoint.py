@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 from transformers.utils.hub import cached_file
 
 from decoding.embedded import OUTPUT_HEAD_FILE
-from decoding.errors import ModelLoadError
+from decoding.errors import ModelLoadError, one_line
 from decoding.module import OutputHead, load_causal_lm
 
 
@@ -129,8 +129,8 @@ def load_module(
 
 
 def _unreadable(source: Source, cause: Exception, what: str = "the model") -> ModelLoadError:
-    reason = " ".join(str(cause).split()) or type(cause).__name__
+    reason = one_line(cause, 300) or type(cause).__name__
     return ModelLoadError(
-        f"cannot load {what} from {source.name!r}: {reason[:300]}; give a hub id, a folder with config.json, "
+        f"cannot load {what} from {source.name!r}: {reason}; give a hub id, a folder with config.json, "
         "tokenizer.json and safetensors, or a GGUF file"
     )

@@ -5,7 +5,7 @@ import traceback
 
 import torch
 
-from decoding.errors import RankError
+from decoding.errors import RankError, one_line
 
 MEMORY_SIGNS = ("out of memory", "alloc_failed", "can't allocate memory")
 
@@ -36,6 +36,4 @@ def release_memory(error: Exception, device: torch.device) -> None:
         try:
             torch.cuda.empty_cache()
         except RuntimeError as refusal:
-            logger.warning(
-                "the device's allocator gives nothing back: %s", " ".join(str(refusal).split())[:200]
-            )
+            logger.warning("the device's allocator gives nothing back: %s", one_line(refusal, 200))

@@ -7,3 +7,8 @@ class ModelLoadError(Exception):
 
 class RankError(RuntimeError):
     """An operation of a split target broke off: its ranks are no longer at the same place, and cannot be."""
+
+
+def one_line(error: BaseException, most: int) -> str:
+    """What `error` says, its lines joined, in at most so many characters."""
+    return " ".join(str(error).split())[:most]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from decoding.device_errors import is_out_of_memory
+from decoding.errors import one_line
 from decoding.host import to_host
 from decoding.kv_cache import KVCache
 from decoding.passes import Pass
@@ -171,7 +172,7 @@ class PassGraphs:
                 self._most = len(self._graphs)
                 logger.warning("no memory for more than %d graphs: other passes are not replayed", self._most)
             else:
-                self._stop(f"{type(cause).__name__}: {' '.join(str(cause).split())[:200]}")
+                self._stop(f"{type(cause).__name__}: {one_line(cause, 200)}")
             return None
         half = self._dtype in (torch.float16, torch.bfloat16)
         if not difference <= (MAX_RELATIVE_ERROR_HALF if half else MAX_RELATIVE_ERROR):

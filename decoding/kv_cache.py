@@ -45,6 +45,7 @@ class KVCache(Cache):
         shape = (layers, 2, rows, kv_heads, self.capacity, head_dim)
         self.storage = _allocate(shape, dtype, device)
         self.pieces: tuple[Piece, ...] = ()
+        self._column_bytes = 2 * kv_heads * head_dim * dtype.itemsize  # of one row in one layer
         self.columns_moved = 0
         self._by_column = self.storage.view(layers * 2, rows * kv_heads * self.capacity, head_dim)
         self._head_offsets = torch.arange(kv_heads, device=device) * self.capacity
@@ -122,7 +123,7 @@ class KVCache(Cache):
         if columns.device.type != "cpu":  # the host must not wait for lengths, nor may a graph depend on them
             return ((slice(0, len(columns)), live),)
         lives = [min(round_up(last + 1, LENGTH_BUCKET), live) for last in to_host(columns[:, -1])]
-        return cheapest_pieces(tuple(lives), self.storage[0, :, 0, :, 0].nbytes)
+        return cheapest_pieces(tuple(lives), self._column_bytes)
 
     def _flat_slots(self, rows: slice, columns: Tensor) -> Tensor:
         base = self._row_offsets[rows, None] + columns

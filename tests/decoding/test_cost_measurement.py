@@ -22,6 +22,7 @@ from decoding.cost_curve import CATCH_UP, DRAFT, GAP, KINDS, TARGET, CostCurve
 from decoding.cost_measurement import load_costs, measure_costs
 from decoding.kv_cache import KVCache
 from decoding.policy import Policy
+from tests.decoding.late_device import LateDevice
 from tests.decoding.tiny import drain, llama_pair, request
 
 SHAPES = [Preset("mmtad"), Preset("mmtad", 1, 1), Preset("mmtad", 2, 3), Preset("mtad", 2, 3)]
@@ -182,25 +183,19 @@ def test_measured_costs_serve_an_engine(pair: ModelPair, tmp_path: Path) -> None
 
 def test_cleared_rows_are_no_cost_of_the_next_pass(pair: ModelPair, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a device that works behind the host."""
-    now = queued = 0.0
+    device = LateDevice()
     clear_row, run = KVCache.clear_row, module._run
 
     def clearing(*args: Any, **options: Any) -> None:
-        nonlocal queued
-        queued += 100.0
+        device.queued += 100.0
         clear_row(*args, **options)
 
     def running(*args: Any) -> None:
-        nonlocal queued
-        queued += 1.0
+        device.queued += 1.0
         run(*args)
 
-    def finish(*_: Any) -> None:
-        nonlocal now, queued
-        now, queued = now + queued, 0.0
-
-    monkeypatch.setattr(module, "cost_clock", lambda *_: lambda: now)
-    monkeypatch.setattr(module, "finish_queued", finish)
+    monkeypatch.setattr(module, "cost_clock", lambda *_: device.clock)
+    monkeypatch.setattr(module, "finish_queued", device.finish)
     monkeypatch.setattr(module, "_run", running)
     monkeypatch.setattr(KVCache, "clear_row", clearing)
     curve = measure_costs(pair, [(TARGET, 1, 1), (TARGET, 2, 1)])

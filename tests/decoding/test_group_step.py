@@ -5,23 +5,11 @@ from typing import Any
 import pytest
 
 from decoding import Engine, group_step
+from tests.decoding.late_device import LateDevice
 from tests.decoding.test_adaptive_engine import Scripted, adaptive
 from tests.decoding.tiny import drain, llama_pair
 
 GAP_SECONDS, METHOD_SECONDS = 100.0, 1.0
-
-
-class Device:
-    """Takes work at once and has it done when somebody waits, which is all that its clock knows of time."""
-
-    def __init__(self) -> None:
-        self.now = self.queued = 0.0
-
-    def clock(self) -> float:
-        return self.now
-
-    def finish(self, *_: Any) -> None:
-        self.now, self.queued = self.now + self.queued, 0.0
 
 
 class Noting(Scripted):
@@ -35,7 +23,7 @@ class Noting(Scripted):
 
 
 def test_what_was_queued_before_is_no_cost_of_the_shape(monkeypatch: pytest.MonkeyPatch) -> None:
-    device, policy = Device(), Noting()
+    device, policy = LateDevice(), Noting()
     close_gaps, to_host, num_gaps = group_step.close_gaps, group_step.to_host, 0
 
     def closing(draft: Any, rows: slice, sequences: Any) -> None:
